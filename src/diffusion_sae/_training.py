@@ -1,0 +1,112 @@
+"""What both trainers need: row orders that depend on (seed, epoch), one-file checkpoints, a log, a loss that must be finite."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ._config import check_choice
+from ._files import write_atomically
+
+CHECKPOINT = "checkpoint.safetensors"
+REPORT_TO = ("none", "trackio", "tensorboard", "wandb")
+log = logging.getLogger(__name__)
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss stopped being a number; the last checkpoint is kept."""
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
+    """A permutation of the rows that depends on (seed, epoch) alone."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def step_rows(step: int, batch_size: int, count: int, *, seed: int) -> Tensor:
+    """Rows of one step: each row once an epoch; the rows left over at an epoch's end wait for the next order."""
+    per_epoch = max(1, count // batch_size)
+    order = epoch_order(count, seed=seed, epoch=step // per_epoch)
+    return order[(step % per_epoch) * batch_size :][:batch_size]
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor], run: str
+) -> None:
+    """Weights, optimiser moments and what else the next step depends on, in one file that is replaced whole."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    tensors |= {f"extra.{name}": value for name, value in extra.items()}
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(folder / CHECKPOINT, lambda path: save_file(contiguous, path, metadata={"run": run}))
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: str
+) -> dict[str, Tensor] | None:
+    """Restore what `save_checkpoint` wrote and return the extras; None if there is no checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint belongs to a run with other settings or other features.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        if file.metadata().get("run") != run:
+            raise ValueError(
+                f"{path} is from a run with other settings or features. Choose another output_dir, or delete the "
+                "checkpoint to train anew there."
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    model.load_state_dict({name[6:]: v for name, v in tensors.items() if name.startswith("model.")})
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            moments.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return {name[6:]: value for name, value in tensors.items() if name.startswith("extra.")}
+
+
+def require_finite_loss(loss: float, step: int, output_dir: Path, advice: str) -> None:
+    if not torch.isfinite(torch.tensor(loss)):
+        raise TrainingDivergedError(
+            f"The loss became {loss} at step {step}. {advice} The last good checkpoint is in {output_dir}."
+        )
+
+
+class MetricsLogger:
+    """The one adapter to experiment trackers; off by default, each imported when asked for."""
+
+    def __init__(self, report_to: str, output_dir: Path, config: Mapping[str, Any]) -> None:
+        check_choice("report_to", report_to, REPORT_TO)
+        self.history: list[dict[str, float]] = []
+        self._run: Any = None
+        self._kind = report_to
+        if report_to in ("trackio", "wandb"):
+            self._run = __import__(report_to).init(project="diffusion_sae", name=output_dir.name, config=dict(config))
+        elif report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._run = SummaryWriter(str(output_dir))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.history.append({"step": step, **values})
+        log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        if self._kind in ("trackio", "wandb"):
+            self._run.log(dict(values), step=step)
+        elif self._kind == "tensorboard":
+            for name, value in values.items():
+                self._run.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._kind in ("trackio", "wandb"):
+            self._run.finish()
+        elif self._kind == "tensorboard":
+            self._run.close()

@@ -1,0 +1,1 @@
+"""From images to activations. The only room that imports diffusers."""

@@ -1,0 +1,269 @@
+"""DiffusionFeatureExtractor: from images to the features of any layer at any timestep."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .._config import refuse_unknown
+from .._files import require_writable_folder
+from ..features import FeatureStore, Shard, StoreWriter
+from ..hub.push import push_folder
+from ..provenance import ExtractorConfig, Provenance, ProvenanceMismatchError
+from .backbone import DiffusionBackbone
+from .images import ImageError, image_id, preprocess, to_pixel_values
+from .layers import LayerInfo
+from .loading import find_artifact, load_pipeline
+from .sources import ImageSource, open_images
+
+VERSIONED = ("diffusion-sae", "torch", "diffusers", "transformers", "pillow")
+
+
+class ExtractedFeatures(Mapping[tuple[str, int], Tensor]):
+    """Features by (layer, timestep): (B, C) for mean and max, (B, T, C) for tokens, (B, C, h, w) or (B, T, C) for none."""
+
+    def __init__(self, features: dict[tuple[str, int], Tensor], image_ids: list[str]) -> None:
+        self._features = features
+        self.image_ids = image_ids
+        """What the noise of each image was drawn by."""
+
+    def __getitem__(self, key: tuple[str, int]) -> Tensor:
+        if key not in self._features:
+            raise KeyError(f"{key!r} was not extracted. Extracted: {', '.join(map(str, self._features))}.")
+        return self._features[key]
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return iter(self._features)
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+
+def pool(activations: Tensor, pooling: str) -> Tensor:
+    """Activations (B, C, h, w) or (B, T, C) to features."""
+    if pooling == "none":
+        return activations
+    tokens = activations.flatten(2).transpose(1, 2) if activations.ndim == 4 else activations  # (B, T, C)
+    if pooling == "tokens":
+        return tokens
+    return tokens.mean(1) if pooling == "mean" else tokens.amax(1)
+
+
+class DiffusionFeatureExtractor:
+    """Activations of a diffusion model on real images.
+
+    An image is encoded to latents z (mode of the VAE's posterior), noised to z_t = √ᾱ_t z + √(1−ᾱ_t) ε with an ε that
+    depends on (seed, image id, t) alone, and given to the denoiser, whose forward stops after the last wanted layer
+    (Revelio, §3.1). The same image gives the same features in any batch, order and process, to 1e-5 in fp32.
+    """
+
+    def __init__(self, pipeline: Any, config: ExtractorConfig) -> None:
+        """Wrap a diffusers pipeline that is loaded already; `from_pretrained` loads one.
+
+        Raises:
+            ValueError: if the pipeline is of a family that is not supported, or has no such layer.
+        """
+        self.backbone = DiffusionBackbone(
+            pipeline, prompt=config.prompt, image_size=config.image_size, guidance=config.guidance
+        )
+        self._module_paths = self.backbone.resolve(config.layers)
+        self.config = dataclasses.replace(config, image_size=self.backbone.image_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "tiny-sd",
+        *,
+        device: str | torch.device | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
+        revision: str | None = None,
+        allow_mismatch: bool = False,
+        **settings: Any,
+    ) -> Self:
+        """Load a diffusers pipeline, or the very extractor that an SAE or probe was trained on.
+
+        Args:
+            model: Hub id or folder of a diffusers pipeline, an embedded name (`tiny-sd`), or an artifact: an SAE, probe
+                or saved extractor, whose recorded settings are then used.
+            device: where to run; default CUDA, else MPS, else CPU.
+            token, cache_dir, local_files_only, subfolder, revision: as in transformers.
+            allow_mismatch: load an artifact's extractor even if its base model's weights have changed since.
+            **settings: fields of ExtractorConfig (layers, timesteps, pooling, prompt, seed, image_size, dtype, …).
+
+        Raises:
+            ValueError: for unknown or invalid settings, and for settings that contradict an artifact's.
+            ProvenanceMismatchError: if an artifact's base model now has other weights.
+        """
+        model = str(model)
+        refuse_unknown(settings, [f.name for f in dataclasses.fields(ExtractorConfig)], "ExtractorConfig")
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        recorded = find_artifact(model, subfolder=subfolder, revision=revision, **hub)
+        if recorded is None:
+            source = str(Path(model).resolve()) if Path(model).is_dir() else model
+            config = ExtractorConfig.from_dict(settings | {"model": source, "revision": revision})
+        else:
+            config = recorded.settings
+            given = ExtractorConfig.from_dict(config.to_dict() | settings)
+            differing = [key for key in settings if getattr(given, key) != getattr(config, key)]
+            if differing:
+                raise ValueError(
+                    f"{model!r} is an artifact and fixes its extraction; it contradicts the given "
+                    f"{', '.join(f'{key}={getattr(given, key)!r}' for key in differing)}. Leave these out, or load "
+                    f"{config.model!r} itself with them."
+                )
+        extractor = cls(load_pipeline(config, device=device, **hub), config)
+        if recorded is not None and extractor.provenance.weights != recorded.weights and not allow_mismatch:
+            raise ProvenanceMismatchError(
+                f"{model!r} was made with weights {recorded.weights} of {config.model!r}, which now has "
+                f"{extractor.provenance.weights}. Load the revision it was made with, or pass allow_mismatch=True."
+            )
+        return extractor
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    def to(self, device: str | torch.device) -> Self:
+        self.backbone.pipeline.to(device)
+        self.backbone.conditioning = self.backbone.conditioning_on(torch.device(device))
+        return self
+
+    def available_layers(self) -> list[LayerInfo]:
+        """Canonical layers in forward order, with width and stride at this image size."""
+        return self.backbone.available_layers()
+
+    def layer_infos(self) -> list[LayerInfo]:
+        """The layers that this extractor takes, with width and stride."""
+        return self.backbone.describe_layers(self._module_paths)
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """Record of this extraction; hashes the model's weights on first use."""
+        versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+        return Provenance(**self.config.to_dict(), weights=self.backbone.weights_hash(), versions=versions)
+
+    def preprocess(self, images: Any) -> Tensor:
+        """Images to pixel_values (B, 3, H, W) in [-1, 1]: shorter side resized, centre crop."""
+        return to_pixel_values(images, self.backbone.image_size)
+
+    def __call__(self, images: Any, image_ids: Sequence[str] | None = None) -> ExtractedFeatures:
+        """Features of one image or a batch.
+
+        Args:
+            images: a PIL image, path, array, tensor (B, 3, H, W) in [-1, 1], a `datasets` image column, or a list.
+            image_ids: what the noise is drawn by; default the content of the preprocessed image.
+        """
+        pixel_values = self.preprocess(images)
+        if image_ids is None:
+            image_ids = [image_id(image) for image in pixel_values]
+        if len(image_ids) != len(pixel_values):
+            raise ValueError(f"Got {len(pixel_values)} images and {len(image_ids)} image_ids; give one an image.")
+        return self._features(pixel_values, list(image_ids))
+
+    def _features(self, pixel_values: Tensor, image_ids: list[str]) -> ExtractedFeatures:
+        latents = self.backbone.encode(pixel_values)
+        by_timestep = {}
+        for t in self.config.timesteps:
+            noisy = self.backbone.add_noise(latents, image_ids, seed=self.config.seed, timestep=t)
+            by_timestep[t] = self.backbone.activations(noisy, t, self._module_paths)
+        features = {
+            (layer, t): pool(by_timestep[t][layer], self.config.pooling)
+            for layer in self.config.layers
+            for t in self.config.timesteps
+        }
+        return ExtractedFeatures(features, image_ids)
+
+    def extract(
+        self,
+        dataset: Any,
+        output_dir: str | Path,
+        *,
+        split: str = "train",
+        batch_size: int = 32,
+        shard_size: int = 1024,
+        limit: int | None = None,
+        skip_broken: bool = False,
+        progress: bool = True,
+    ) -> FeatureStore:
+        """Features of a whole data set, on disk; a run that was killed goes on where it stopped.
+
+        Args:
+            dataset: what `open_images` takes: a folder, Parquet, a `datasets` name or Dataset, a list of images.
+            output_dir: folder of the store.
+            split: split of a named data set.
+            batch_size: images a forward pass.
+            shard_size: images a shard, the unit of resuming.
+            limit: only the first so many images.
+            skip_broken: leave out images that cannot be read and list them in the store, instead of stopping.
+            progress: show a bar with rate and time left.
+
+        Raises:
+            ImageError: for a broken image, naming it, unless `skip_broken`.
+            ProvenanceMismatchError: if the folder holds a store of another extraction.
+        """
+        for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("limit", limit)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        source = open_images(dataset, split).first(limit)
+        require_writable_folder(output_dir)
+        writer = StoreWriter(
+            output_dir,
+            self.provenance,
+            source_names=source.names,
+            class_names=source.class_names,
+            shard_size=shard_size,
+        )
+        from tqdm.auto import tqdm
+
+        done = min(writer.finished_shards * shard_size, len(source))
+        with tqdm(total=len(source), initial=done, unit="img", desc="extract", disable=not progress) as bar:
+            for start in range(done, len(source), shard_size):
+                stop = min(start + shard_size, len(source))
+                shard = Shard()
+                for first in range(start, stop, batch_size):
+                    rows = range(first, min(first + batch_size, stop))
+                    self._extract_rows(source, rows, shard, skip_broken=skip_broken)
+                    bar.update(len(rows))
+                writer.write(shard)
+        writer.finish()
+        store = FeatureStore(output_dir)
+        if len(store) == 0:
+            raise ImageError(f"None of the {len(source)} images could be read; {output_dir} holds the reasons.")
+        return store
+
+    def _extract_rows(self, source: ImageSource, rows: range, shard: Shard, *, skip_broken: bool) -> None:
+        kept, pixel_values = [], []
+        for row in rows:
+            try:
+                pixel_values.append(preprocess(source.read(row), self.backbone.image_size))
+                kept.append(row)
+            except ImageError as error:
+                if not skip_broken:
+                    raise
+                shard.skipped.append({"source": source.names[row], "reason": str(error)})
+        if kept:
+            ids = [image_id(image) for image in pixel_values]
+            features = self._features(torch.stack(pixel_values), ids)
+            shard.add(dict(features), ids, [source.names[r] for r in kept], [source.labels[r] for r in kept])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `extractor_config.json`: the settings and what identifies the weights, not the weights themselves."""
+        self.provenance.save(require_writable_folder(folder))
+
+    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
+        """Save to a Hub repository in one commit; `private`, `token`, `revision`, `commit_message` as in transformers."""
+        return push_folder(repo_id, self._write_artifact, **hub)
+
+    def _write_artifact(self, folder: Path, repo_id: str) -> None:
+        from ..hub.card import write_extractor_card
+
+        self.save_pretrained(folder)
+        write_extractor_card(folder, self.provenance, self.layer_infos(), repo_id)

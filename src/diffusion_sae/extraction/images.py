@@ -1,0 +1,119 @@
+"""Images of every kind into `pixel_values`, the way the model was trained to see them."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+ACCEPTED = (
+    "a PIL image, a path, bytes, a (H, W), (H, W, 3) uint8 array, a tensor (3, H, W) or (B, 3, H, W) in [-1, 1], "
+    "a dict with 'bytes' or 'path' as datasets gives it, or a list of these"
+)
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message names it."""
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB, 8 bits a channel: transparency is laid on white, 16-bit and float grey are scaled to 8 bits."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        grey = np.asarray(image).astype(np.float64) / 257.0  # 65535 → 255
+        return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        grey = np.asarray(image)
+        if not np.isfinite(grey).all() or grey.min() < 0 or grey.max() > 255:
+            raise ImageError("A floating-point image must have values in 0…255; convert it to 8 bits first.")
+        return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def load_image(source: Any, name: str | None = None) -> Image.Image:
+    """One image, fully decoded, as RGB. Raises ImageError naming the file for what is broken or no image."""
+    if isinstance(source, dict) and {"bytes", "path"} & set(source):
+        name = name or source.get("path")
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    label = name or (str(source) if isinstance(source, str | Path) else "the given image")
+    try:
+        if isinstance(source, Image.Image):
+            return to_rgb(source)
+        if isinstance(source, str | Path):
+            with Image.open(source) as image:
+                return to_rgb(image)
+        if isinstance(source, bytes):
+            with Image.open(BytesIO(source)) as image:
+                return to_rgb(image)
+    except FileNotFoundError as error:
+        raise ImageError(f"There is no image file {label!r}. Check the path.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"Cannot read the image {label!r}: {error}. Repair or remove it, or use skip_broken.") from error
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and (
+        source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (1, 3, 4))
+    ):
+        return to_rgb(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
+    shape = f" of shape {tuple(source.shape)} and type {source.dtype}" if hasattr(source, "shape") else ""
+    raise ImageError(f"An image cannot be a {type(source).__name__}{shape}. Allowed: {ACCEPTED}.")
+
+
+def preprocess(image: Image.Image, size: int) -> Float[Tensor, "3 size size"]:
+    """Shorter side to `size` (bicubic), centre crop, values in [-1, 1]."""
+    if image.size != (size, size):
+        scale = size / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.uint8).copy())
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1  # (H, W, 3) -> (3, H, W)
+
+
+def image_id(pixel_values: Float[Tensor, "3 H W"]) -> str:
+    """Name of an image by its content: SHA-256 of the preprocessed 8-bit pixels.
+
+    The noise is drawn by this name, so that a picture gets the same noise whether it comes as a file, a PIL image, a
+    tensor or a row of a data set.
+    """
+    pixels = ((pixel_values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().contiguous()
+    return hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).hexdigest()[:32]
+
+
+def check_pixel_values(pixel_values: Tensor, size: int | None = None) -> Float[Tensor, "B 3 H W"]:
+    """A batch of `pixel_values`, with an added batch dimension if need be; refuses other shapes and ranges."""
+    batch = pixel_values[None] if pixel_values.ndim == 3 else pixel_values
+    expected = "(B, 3, H, W)" if size is None else f"(B, 3, {size}, {size})"
+    if batch.ndim != 4 or batch.shape[1] != 3 or (size is not None and batch.shape[2:] != (size, size)):
+        raise ImageError(f"pixel_values must have the shape {expected}, got {tuple(pixel_values.shape)}.")
+    if not batch.is_floating_point():
+        raise ImageError(f"pixel_values must be floating point in [-1, 1], got {batch.dtype}. Scale: x / 127.5 - 1.")
+    if not torch.isfinite(batch).all():
+        raise ImageError("pixel_values hold NaN or infinite values. Check where the images come from.")
+    low, high = batch.min().item(), batch.max().item()
+    if low < -1.001 or high > 1.001:
+        raise ImageError(f"pixel_values must lie in [-1, 1], got values from {low:.3g} to {high:.3g}.")
+    return batch
+
+
+def to_pixel_values(images: Any, size: int) -> Float[Tensor, "B 3 size size"]:
+    """Anything that `ACCEPTED` lists, as one preprocessed batch."""
+    if isinstance(images, Tensor):
+        return check_pixel_values(images, size)
+    single = isinstance(images, str | Path | bytes | dict | np.ndarray | Image.Image)
+    if not single and not isinstance(images, Iterable):
+        load_image(images)  # raises, and says what is allowed
+    sources: Sequence[Any] = [images] if single else list(images)
+    if not sources:
+        raise ImageError(f"Got no images: an empty {type(images).__name__}. Give {ACCEPTED}.")
+    return torch.stack([
+        check_pixel_values(s, size)[0] if isinstance(s, Tensor) else preprocess(load_image(s), size) for s in sources
+    ])

@@ -1,0 +1,72 @@
+"""Finding and loading what an extractor is made of: a diffusers pipeline, or an artifact that names one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+from ..provenance import EXTRACTOR_CONFIG_NAME, ExtractorConfig, Provenance
+from ..zoo import embedded_artifacts, embedded_models, resolve_source
+
+
+def find_artifact(name: str, *, subfolder: str = "", **hub: Any) -> Provenance | None:
+    """The extraction recorded in an artifact's `extractor_config.json`; None if `name` is a pipeline itself."""
+    source = resolve_source(name)
+    if Path(source).is_dir():
+        path = Path(source, subfolder, EXTRACTOR_CONFIG_NAME)
+        return Provenance.load(path) if path.is_file() else None
+    if source.count("/") != 1:
+        raise FileNotFoundError(
+            f"{name!r} is no folder, no Hub id (owner/name) and no embedded name. Embedded models: "
+            f"{', '.join(embedded_models())}; artifacts: {', '.join(embedded_artifacts())}."
+        )
+    try:
+        return Provenance.load(hf_hub_download(source, EXTRACTOR_CONFIG_NAME, subfolder=subfolder or None, **hub))
+    except LocalEntryNotFoundError:
+        return None  # offline and not in the cache: loading it as a pipeline says what is missing
+    except HfHubHTTPError as error:
+        if isinstance(error, EntryNotFoundError):
+            return None
+        raise
+    except EntryNotFoundError:
+        return None
+
+
+def load_pipeline(config: ExtractorConfig, *, device: str | torch.device | None = None, **hub: Any) -> Any:
+    """The diffusers pipeline of a config in its dtype, from safetensors alone; parts that do not matter are left out."""
+    from diffusers import DiffusionPipeline
+
+    source = resolve_source(config.model)
+    index = DiffusionPipeline.load_config(source, revision=config.revision, **hub)
+    unused = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
+    if "requires_safety_checker" in index:
+        unused["requires_safety_checker"] = False  # type: ignore[assignment]
+    dtype = getattr(torch, config.dtype)
+    pipeline = DiffusionPipeline.from_pretrained(
+        source, dtype=dtype, revision=config.revision, use_safetensors=True, **unused, **hub
+    )
+    if config.random_weights:
+        randomise_denoiser(pipeline, config.seed)
+    vae = getattr(pipeline, "vae", None)
+    pipeline.to(device or default_device())
+    if dtype == torch.float16 and vae is not None and getattr(vae.config, "force_upcast", False):
+        vae.to(torch.float32)  # SDXL's VAE overflows in fp16
+    return pipeline
+
+
+def randomise_denoiser(pipeline: Any, seed: int) -> None:
+    """Replace the denoiser by one of the same architecture, initialised by its own constructor from `seed`."""
+    name = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+    trained = getattr(pipeline, name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = type(trained).from_config(trained.config)
+    setattr(pipeline, name, fresh.to(trained.device, trained.dtype))
+
+
+def default_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

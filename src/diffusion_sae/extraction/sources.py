@@ -1,0 +1,130 @@
+"""Data sets of images: a folder, Parquet, a `datasets` name, a Dataset, or a list, seen as one kind of sequence."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..zoo import IMAGES, embedded_images
+from .images import IMAGE_SUFFIXES, load_image
+
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """`read(i)` decodes image i; names and labels are known beforehand."""
+
+    names: list[str]
+    """What each image is called in messages and in the store: its path, or its row number."""
+    read: Callable[[int], Any]
+    """An image as RGB; raises ImageError for a broken one."""
+    labels: list[int | None]
+    class_names: list[str] | None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def first(self, limit: int | None) -> "ImageSource":
+        if limit is None:
+            return self
+        return ImageSource(self.names[:limit], self.read, self.labels[:limit], self.class_names)
+
+
+def from_folder(folder: Path) -> ImageSource:
+    """Images directly in the folder, or one sub-folder a class (the layout of `imagefolder`), in order of name."""
+    subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    by_class = [(name.name, _image_files(name)) for name in subfolders]
+    by_class = [(name, files) for name, files in by_class if files]
+    direct = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
+    if direct and by_class:
+        raise ValueError(
+            f"{folder} holds images beside class folders ({by_class[0][0]!r}, …). Put every image into a class folder, "
+            "or none."
+        )
+    if direct:
+        files, labels, class_names = direct, [None] * len(direct), None
+    else:
+        files = [file for _, files in by_class for file in files]
+        labels = [number for number, (_, files) in enumerate(by_class) for _ in files]
+        class_names = [name for name, _ in by_class]
+    if not files:
+        raise ValueError(f"{folder} holds no images. Files ending in {', '.join(sorted(IMAGE_SUFFIXES))} count.")
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return ImageSource(names, lambda i: load_image(files[i]), list(labels), class_names)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def from_dataset(table: Any, name: str) -> ImageSource:
+    """A `datasets.Dataset` with an image column, and a label column if there is one."""
+    from datasets import ClassLabel, Image, Value
+
+    images = [column for column, feature in table.features.items() if isinstance(feature, Image)]
+    if not images:
+        columns = {column: type(feature).__name__ for column, feature in table.features.items()}
+        raise ValueError(f"{name} has no image column; its columns are {columns}. Cast one with datasets.Image().")
+    column = "image" if "image" in images else images[0]
+    labels: list[int | None] = [None] * len(table)
+    class_names = None
+    classed = [c for c, feature in table.features.items() if isinstance(feature, ClassLabel)]
+    numbered = [c for c in LABEL_COLUMNS if isinstance(table.features.get(c), Value) and "int" in table.features[c].dtype]
+    label_column = next(iter([c for c in LABEL_COLUMNS if c in classed] + classed + numbered), None)
+    if label_column is not None:
+        labels = list(table[label_column])
+        class_names = table.features[label_column].names if label_column in classed else None
+    encoded = table.cast_column(column, Image(decode=False))
+
+    def read(i: int) -> Any:
+        row = encoded[i][column]
+        return load_image(row, row.get("path") or f"row {i} of {name}")
+
+    return ImageSource([str(i) for i in range(len(table))], read, labels, class_names)
+
+
+def _load_named(name: str, split: str) -> Any:
+    from datasets import Dataset, load_dataset
+
+    if name == IMAGES:
+        return Dataset.from_parquet(str(embedded_images(split)))
+    path = Path(name)
+    if path.suffix == ".parquet" and path.is_file():
+        return Dataset.from_parquet(name)
+    if path.exists() or path.suffix == ".parquet":
+        reason = "is no Parquet file" if path.exists() else "does not exist"
+        raise ValueError(f"{name} {reason}. Give a folder of images, a Parquet file, or a `datasets` name.")
+    return load_dataset(name, split=split)
+
+
+def open_images(data: Any, split: str = "train") -> ImageSource:
+    """Any kind of image data as an ImageSource.
+
+    Args:
+        data: a folder of images, with or without class sub-folders; a Parquet file; the name of an embedded or Hub data
+            set; a `datasets.Dataset`; or a sequence of images.
+        split: the split of a named data set.
+
+    Raises:
+        ValueError: if there are no images, or `data` is of another kind.
+    """
+    if isinstance(data, ImageSource):
+        source = data
+    elif isinstance(data, str | Path) and Path(data).is_dir():
+        source = from_folder(Path(data))
+    elif isinstance(data, str | Path):
+        source = from_dataset(_load_named(str(data), split), str(data))
+    elif hasattr(data, "features") and hasattr(data, "cast_column"):
+        source = from_dataset(data, "the data set")
+    elif isinstance(data, Sequence):
+        names = [str(item) if isinstance(item, str | Path) else str(i) for i, item in enumerate(data)]
+        source = ImageSource(names, lambda i: load_image(data[i]), [None] * len(data), None)
+    else:
+        raise TypeError(
+            f"Images cannot come from a {type(data).__name__}. Allowed: a folder, a Parquet file, a `datasets` name, a "
+            "datasets.Dataset, or a list of images."
+        )
+    if len(source) == 0:
+        raise ValueError("The data set is empty: it has no images to extract features from.")
+    return source

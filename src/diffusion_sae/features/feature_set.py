@@ -1,0 +1,124 @@
+"""Features of one layer and timestep, addressed by row: what trainers and metrics take."""
+
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..provenance import Provenance
+
+
+class FeatureSet:
+    """N rows of features, memory-mapped or in memory, with labels, image ids and where they come from.
+
+    For pooled features a row is an image; for token features a row is one position of an image, and `image_index` and
+    `positions` say which. For `pooling="none"` a row is an image's whole activation (C, h, w).
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Tensor],
+        *,
+        rows_per_image: int = 1,
+        labels: Tensor | None = None,
+        image_ids: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
+        provenance: Provenance | None = None,
+    ) -> None:
+        if not blocks or sum(map(len, blocks)) == 0:
+            raise ValueError("A FeatureSet needs at least one row, got none.")
+        self._blocks = list(blocks)
+        self._starts = np.cumsum([0, *map(len, blocks)])
+        self.rows_per_image = rows_per_image
+        self.num_images = len(self) // rows_per_image
+        for name, values in (("labels", labels), ("image_ids", image_ids)):
+            if values is not None and len(values) != self.num_images:
+                raise ValueError(f"{name} must have one entry an image: {self.num_images} images, {len(values)} {name}.")
+        self.image_labels = labels
+        self.image_ids = None if image_ids is None else list(image_ids)
+        self.class_names = None if class_names is None else list(class_names)
+        self.provenance = provenance
+
+    @classmethod
+    def from_tensor(
+        cls, features: Tensor, labels: Tensor | Sequence[int] | None = None, class_names: Sequence[str] | None = None
+    ) -> Self:
+        """Plain tensors as a FeatureSet: features (N, d_in) or (N, C, h, w), integer labels (N,)."""
+        return cls([features], labels=None if labels is None else torch.as_tensor(labels), class_names=class_names)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __repr__(self) -> str:
+        return f"FeatureSet({len(self)} rows of {tuple(self.row_shape)}, {self.num_images} images)"
+
+    @property
+    def row_shape(self) -> torch.Size:
+        return self._blocks[0].shape[1:]
+
+    @property
+    def d_in(self) -> int:
+        """Width of the features: channels, which come first in (C,) and (C, h, w) and last in (T, C)."""
+        return self.row_shape[-1] if len(self.row_shape) == 2 else self.row_shape[0]
+
+    def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Float[Tensor, "n ..."]:
+        """The given rows in fp32, in the given order."""
+        index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows)
+        if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(self)):
+            raise IndexError(f"Rows must lie in 0…{len(self) - 1}, got {int(index.min())}…{int(index.max())}.")
+        if len(self._blocks) == 1:
+            return self._blocks[0][index].float()
+        out = torch.empty(len(index), *self.row_shape)
+        block_of = np.searchsorted(self._starts, index.numpy(), side="right") - 1
+        for b in np.unique(block_of):
+            mine = torch.from_numpy(block_of == b)
+            out[mine] = self._blocks[b][index[mine] - int(self._starts[b])].float()
+        return out
+
+    def batches(self, batch_size: int) -> Iterator[Float[Tensor, "b ..."]]:
+        """All rows in order, in fp32, without holding more than a batch."""
+        for start in range(0, len(self), batch_size):
+            yield self[start : start + batch_size]
+
+    def to_tensor(self) -> Float[Tensor, "N ..."]:
+        return self[:]
+
+    @property
+    def image_index(self) -> Int[Tensor, " N"]:
+        """Which image each row belongs to."""
+        return torch.arange(self.num_images).repeat_interleave(self.rows_per_image)
+
+    @property
+    def positions(self) -> Int[Tensor, " N"]:
+        """Position within its image of each row, row-major over the grid; all 0 for pooled features."""
+        return torch.arange(self.rows_per_image).repeat(self.num_images)
+
+    @property
+    def labels(self) -> Int[Tensor, " N"] | None:
+        """Label of each row: its image's."""
+        return None if self.image_labels is None else self.image_labels.repeat_interleave(self.rows_per_image)
+
+    def mean(self) -> Float[Tensor, " d_in"]:
+        """Mean row, accumulated in fp64."""
+        total = torch.zeros(self.row_shape, dtype=torch.float64)
+        for batch in self.batches(8192):
+            total += batch.double().sum(0)
+        return (total / len(self)).float()
+
+    def require_finite(self, what: str) -> None:
+        """Raise if any value is NaN or infinite, saying in which rows."""
+        for start, batch in zip(range(0, len(self), 8192), self.batches(8192), strict=True):
+            finite = torch.isfinite(batch.flatten(1)).all(1)
+            if not finite.all():
+                bad = (torch.nonzero(~finite).flatten()[:5] + start).tolist()
+                raise ValueError(
+                    f"{what} holds NaN or infinite values, first in rows {bad} of {len(self)}. Extract them again "
+                    "(in float32 or bfloat16 if float16 overflowed) or remove these rows."
+                )
+
+
+def as_feature_set(features: "FeatureSet | Tensor") -> FeatureSet:
+    return FeatureSet.from_tensor(features) if isinstance(features, Tensor) else features

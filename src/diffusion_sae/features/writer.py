@@ -1,0 +1,117 @@
+"""Writing a feature store, shard by shard, so that a kill at any moment loses at most the shard in work."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .._files import fingerprint_of, read_json, require_writable_folder, write_atomically, write_json
+from ..provenance import Provenance, require_same_provenance
+from .store import FORMAT_VERSION, MANIFEST, tensor_name
+
+
+@dataclass
+class Shard:
+    """Rows on their way to the disk."""
+
+    features: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    image_ids: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    labels: list[int | None] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def add(
+        self,
+        features: dict[tuple[str, int], Tensor],
+        image_ids: Sequence[str],
+        sources: Sequence[str],
+        labels: Sequence[int | None],
+    ) -> None:
+        for key, values in features.items():
+            finite = torch.isfinite(values.flatten(1)).all(1)
+            if not finite.all():
+                bad = [source for source, ok in zip(sources, finite.tolist(), strict=True) if not ok]
+                raise ValueError(
+                    f"{tensor_name(*key)} came out as NaN or infinite for {', '.join(bad[:5])}. Use dtype bfloat16 or "
+                    "float32 if it was float16; otherwise check the model's weights."
+                )
+            self.features.setdefault(key, []).append(values.cpu())
+        self.image_ids += image_ids
+        self.sources += sources
+        self.labels += labels
+
+
+class StoreWriter:
+    """Begins a store or goes on with one, after checking that it holds the same extraction of the same data."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        provenance: Provenance,
+        *,
+        source_names: Sequence[str],
+        class_names: Sequence[str] | None,
+        shard_size: int,
+    ) -> None:
+        self.folder = require_writable_folder(folder)
+        self.provenance = provenance
+        data = {"names": list(source_names), "classes": list(class_names or ()), "shard_size": shard_size}
+        self.manifest = {
+            "format_version": FORMAT_VERSION,
+            "provenance": provenance.to_dict(),
+            "class_names": None if class_names is None else list(class_names),
+            "data_fingerprint": fingerprint_of(data),
+            "complete": False,
+            "shards": [],
+        }
+        for leftover in self.folder.glob(".*.tmp"):  # of a killed run
+            leftover.unlink()
+        path = self.folder / MANIFEST
+        if path.exists():
+            self._continue(read_json(path))
+        else:
+            write_json(path, self.manifest)
+
+    def _continue(self, existing: dict) -> None:
+        what = f"The feature store in {str(self.folder)!r}"
+        require_same_provenance(Provenance.from_dict(existing["provenance"]), self.provenance, what)
+        if existing["data_fingerprint"] != self.manifest["data_fingerprint"]:
+            raise ValueError(
+                f"{what} was begun with other images, class names or shard size. "
+                "Give the same data to go on with it, or another folder to begin a new store."
+            )
+        self.manifest = existing
+
+    @property
+    def finished_shards(self) -> int:
+        return len(self.manifest["shards"])
+
+    def write(self, shard: Shard) -> None:
+        """Data first, then the manifest that makes it count."""
+        name = f"shard-{self.finished_shards:05d}"
+        tensors = {tensor_name(*key): torch.cat(parts).contiguous() for key, parts in shard.features.items()}
+        index = pa.table({
+            "image_id": pa.array(shard.image_ids, pa.string()),
+            "source": pa.array(shard.sources, pa.string()),
+            "label": pa.array(shard.labels, pa.int64()),
+        })
+        write_atomically(self.folder / f"{name}.parquet", lambda path: pq.write_table(index, path))
+        data = self.folder / f"{name}.safetensors"
+        write_atomically(data, lambda path: save_file(tensors, path))
+        self.manifest["shards"].append({
+            "name": name,
+            "rows": len(shard.image_ids),
+            "bytes": data.stat().st_size,
+            "skipped": shard.skipped,
+        })
+        write_json(self.folder / MANIFEST, self.manifest)
+
+    def finish(self) -> None:
+        if not self.manifest["complete"]:
+            self.manifest["complete"] = True
+            write_json(self.folder / MANIFEST, self.manifest)

@@ -1,0 +1,1 @@
+"""Artifacts: saving, strict loading, cards, pushing."""

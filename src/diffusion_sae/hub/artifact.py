@@ -1,0 +1,136 @@
+"""What SAEs and probes share: a config that refuses what it does not know, and a model that loads strictly."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from .._config import refuse_unknown
+from .._files import atomic_folder, read_json, write_json
+from ..provenance import EXTRACTOR_CONFIG_NAME, Provenance
+from ..zoo import resolve_source
+from .card import write_artifact_card
+from .push import push_folder
+
+METRICS_NAME = "metrics.json"
+# what transformers itself writes into or passes to a config, beside the dataclass fields
+_TRANSFORMERS_KEYS = frozenset({
+    *PreTrainedConfig().to_dict(),
+    *("_name_or_path", "name_or_path", "auto_map", "torch_dtype", "num_labels", "attn_implementation"),
+    *("_commit_hash", "_attn_implementation", "_attn_implementation_internal", "output_attentions", "transformers_weights"),
+    *("id2label", "label2id", "problem_type", "experts_implementation", "use_cache"),
+})
+
+
+def refuse_unknown_config_keys(config: PreTrainedConfig, extra: dict[str, Any]) -> None:
+    """For `__post_init__`: transformers keeps unknown keys as attributes, where a typing error goes unnoticed."""
+    fields = {f.name for f in dataclasses.fields(config)} - _TRANSFORMERS_KEYS  # type: ignore[arg-type]
+    extra = {key: value for key, value in extra.items() if key not in _TRANSFORMERS_KEYS}
+    refuse_unknown(extra, fields, type(config).__name__)
+
+
+class ArtifactConfig(PreTrainedConfig):
+    """Config of an artifact; reading one of another kind is an error (transformers only warns)."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        kind = config_dict.get("model_type")
+        if kind != cls.model_type:
+            raise ValueError(
+                f"The config is of the kind {kind!r}, not {cls.model_type!r}: this is not an artifact for "
+                f"{cls.__name__.removesuffix('Config')}. Load it with the class it was made by, or with AutoModel."
+            )
+        required = [
+            f.name
+            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        missing = [name for name in required if name not in config_dict]
+        if missing:
+            raise ValueError(f"{cls.__name__} needs {', '.join(missing)}, which the given config lacks.")
+        return super().from_dict(config_dict, **kwargs)
+
+
+class ArtifactModel(PreTrainedModel):
+    """A Hub artifact: `config.json`, `model.safetensors`, `extractor_config.json`, `metrics.json`, `README.md`."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.provenance: Provenance | None = None
+        """The extraction that made the features it was trained on."""
+        self.metrics: dict[str, Any] = {}
+        """What was measured, as in `metrics.json`."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load from an embedded name, a folder or the Hub; arguments as in transformers.
+
+        Raises:
+            ValueError: for missing, unexpected or misshapen tensors, a damaged file, or an artifact of another kind.
+            OSError: if the artifact does not exist or may not be read.
+        """
+        source = resolve_source(str(pretrained_model_name_or_path))
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # else transformers raises without naming the tensors
+        try:
+            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {str(pretrained_model_name_or_path)!r} are damaged ({error}). Download or save them again."
+            ) from error
+        _refuse_loading_problems(str(pretrained_model_name_or_path), info)
+        provenance = _find_file(source, EXTRACTOR_CONFIG_NAME, kwargs)
+        model.provenance = None if provenance is None else Provenance.load(provenance)
+        metrics = _find_file(source, METRICS_NAME, kwargs)
+        model.metrics = {} if metrics is None else read_json(metrics)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the whole artifact, card included; the folder is complete or untouched."""
+        repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
+        hub = {key: kwargs.pop(key) for key in ("commit_message", "private", "token", "revision") if key in kwargs}
+        with atomic_folder(save_directory) as folder:
+            self._write_artifact(folder, repo_id, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(repo_id, **hub)
+
+    def _write_artifact(self, folder: Path, repo_id: str, **kwargs: Any) -> None:
+        super().save_pretrained(folder, **kwargs)
+        if self.provenance is not None:
+            self.provenance.save(folder)
+        if self.metrics:
+            write_json(folder / METRICS_NAME, self.metrics)
+        write_artifact_card(folder, self, repo_id)
+
+    def push_to_hub(self, repo_id: str, **hub: Any) -> str:  # type: ignore[override]
+        """Push weights, config, card and metrics in one commit; returns its URL. Arguments: see `push_folder`."""
+        return push_folder(repo_id, self._write_artifact, **hub)
+
+
+def _refuse_loading_problems(name: str, info: dict[str, Any]) -> None:
+    problems = []
+    for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "has the unexpected")):
+        if info[key]:
+            problems.append(f"{what} {', '.join(sorted(info[key]))}")
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        problems.append(f"has {key} of shape {tuple(found)} where the config asks for {tuple(expected)}")
+    if problems:
+        raise ValueError(
+            f"The weights file of {name!r} {'; '.join(problems)}. It must hold exactly what its config describes: "
+            "save or download the artifact again."
+        )
+
+
+def _find_file(source: str, name: str, kwargs: dict[str, Any]) -> str | None:
+    """Path of an optional file of an artifact, downloaded if need be."""
+    hub = ("cache_dir", "force_download", "token", "revision", "local_files_only", "subfolder")
+    return cached_file(
+        source,
+        name,
+        **{key: kwargs[key] for key in hub if kwargs.get(key) is not None},
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )

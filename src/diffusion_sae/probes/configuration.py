@@ -1,0 +1,41 @@
+"""DiffusionProbeConfig."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+
+from .._config import check, check_choice, check_integer, check_number
+from ..hub.artifact import ArtifactConfig, refuse_unknown_config_keys
+
+HEADS = ("linear", "diff-c")
+
+
+@strict
+class DiffusionProbeConfig(ArtifactConfig):
+    """Shape of a probe; the classes are `id2label` / `label2id`, as in transformers.
+
+    Args:
+        d_in: width of the features (channels).
+        head: `linear` on pooled features, or `diff-c`, Revelio's convolutional classifier on whole activations.
+        width: channels of Diff-C's convolutions; 1024 in the paper.
+        dropout: dropout rate of Diff-C.
+        init_seed: seed of the initial weights; the global random state is not used.
+    """
+
+    model_type = "diffusion-probe"
+
+    d_in: int
+    head: str = "linear"
+    width: int = 1024
+    dropout: float | int = 0.3
+    init_seed: int = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        refuse_unknown_config_keys(self, kwargs)
+        check_integer("d_in", self.d_in, 1)
+        check_choice("head", self.head, HEADS)
+        check_integer("width", self.width, 1)
+        check_number("dropout", self.dropout, 0, 1)
+        check_integer("init_seed", self.init_seed, 0)
+        super().__post_init__(**kwargs)
+        check(self.num_labels is not None and self.num_labels >= 2, f"A probe needs ≥ 2 classes, got {self.num_labels}.")

@@ -1,0 +1,26 @@
+"""DiffusionImageProcessor: images to pixel_values, as the extraction does it."""
+
+from typing import Any
+
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_backends import PilBackend
+
+
+class DiffusionImageProcessor(PilBackend):
+    """Shorter side to `size`, centre crop, values in [-1, 1]: the extractor's own preprocessing, nothing beside it."""
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012  transformers' own annotation
+
+    def __init__(self, size: int = 512, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.size = size  # type: ignore[assignment]
+
+    def __call__(self, images: Any, return_tensors: str = "pt", **_: Any) -> BatchFeature:
+        from .pipeline import preprocess_images
+
+        return BatchFeature({"pixel_values": preprocess_images(images, self.size)}, tensor_type=return_tensors)
+
+    preprocess = __call__
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"image_processor_type": type(self).__name__, "size": self.size}

@@ -1,0 +1,241 @@
+"""ProbeTrainer: fits on training rows, chooses on validation rows, reports on test rows once, when asked to."""
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .._files import fingerprint_of, require_writable_folder
+from .._training import MetricsLogger, epoch_order, load_checkpoint, require_finite_loss, save_checkpoint
+from ..features import FeatureSet
+from .heads import LinearHead
+from .modeling import DiffusionProbe
+from .training_args import ProbeTrainingArguments
+
+
+@dataclass(frozen=True)
+class ProbeMetrics:
+    accuracy: float
+    loss: float
+    """Mean cross-entropy."""
+    rows: int
+
+
+@dataclass(frozen=True)
+class ProbeTrainingResult:
+    validation: ProbeMetrics
+    """Of the chosen epoch or L2 strength."""
+    chosen: dict[str, float]
+    """Which epoch or L2 strength that was."""
+    history: list[dict[str, float]]
+
+
+class ProbeTrainer:
+    """Trains a DiffusionProbe on cached features.
+
+    The protocol: parameters are fitted on training rows; the L2 strength of `lbfgs` or the epoch of `adamw` is chosen by
+    validation accuracy (ties by loss); test rows are given to `evaluate` alone, after everything is chosen.
+    """
+
+    def __init__(
+        self,
+        probe: DiffusionProbe,
+        features: FeatureSet,
+        args: ProbeTrainingArguments,
+        *,
+        validation_features: FeatureSet | None = None,
+        allow_mismatch: bool = False,
+    ) -> None:
+        """
+        Raises:
+            ValueError: for features without labels, with labels outside the probe's classes, of another shape, with NaN
+                or infinity, or of another extraction.
+        """
+        self.probe, self.args = probe, args
+        self.features = features
+        for given, what in ((features, "The training features"), (validation_features, "The validation features")):
+            if given is not None:
+                given.require_finite(what)
+                probe.require_features(given, allow_mismatch=allow_mismatch)
+                _require_labels(given, probe.config.num_labels, what)
+        order = epoch_order(len(features), seed=args.seed, epoch=-1)
+        if validation_features is None:
+            held_out = max(1, round(len(features) * args.validation_fraction))
+            if held_out >= len(features):
+                raise ValueError(f"{len(features)} rows are too few to hold out {held_out} for validation; give more.")
+            validation_rows, self.train_rows = order[:held_out], order[held_out:].sort().values
+            self.validation = (features[validation_rows], _labels(features)[validation_rows])
+        else:
+            self.train_rows = torch.arange(len(features))
+            self.validation = (validation_features.to_tensor(), _labels(validation_features))
+        self.optimizer_name = args.optimizer
+        if args.optimizer == "auto":
+            self.optimizer_name = "lbfgs" if isinstance(probe.head, LinearHead) else "adamw"
+
+    def train(self, *, progress: bool = True) -> ProbeTrainingResult:
+        """Fit, choose on validation, save the chosen probe in `output_dir`."""
+        output_dir = require_writable_folder(self.args.output_dir)
+        if isinstance(self.probe.head, LinearHead):
+            self._standardise(self.probe.head)
+        fit = self._fit_lbfgs if self.optimizer_name == "lbfgs" else self._fit_adamw
+        result = fit(output_dir, progress)
+        self.probe.eval()
+        self.probe.provenance = self.features.provenance
+        self.probe.metrics = {
+            "validation": {"accuracy": result.validation.accuracy, "rows": result.validation.rows},
+            "training": {"rows": len(self.train_rows), "optimizer": self.optimizer_name, **result.chosen},
+        }
+        self.save()
+        return result
+
+    def save(self) -> None:
+        """Write the probe with its metrics into `output_dir`."""
+        self.probe.save_pretrained(self.args.output_dir)
+
+    def evaluate(self, test_features: FeatureSet, *, allow_mismatch: bool = False) -> ProbeMetrics:
+        """Accuracy on rows that no choice was made on; recorded in the probe's metrics as `test`."""
+        self.probe.require_features(test_features, allow_mismatch=allow_mismatch)
+        _require_labels(test_features, self.probe.config.num_labels, "The test features")
+        metrics = _measure(self.probe.predict(test_features), _labels(test_features))
+        self.probe.metrics["test"] = {"accuracy": metrics.accuracy, "rows": metrics.rows}
+        return metrics
+
+    def _standardise(self, head: LinearHead) -> None:
+        rows = self.features[self.train_rows]
+        head.feature_mean.copy_(rows.mean(0))
+        # constant features carry nothing: with σ = 1 they stay 0 instead of becoming NaN
+        std = rows.std(0)
+        head.feature_std.copy_(torch.where(std > 1e-6 * rows.abs().amax().clamp_min(1e-12), std, 1.0))
+
+    def _validate(self) -> ProbeMetrics:
+        return _measure(self.probe.predict(self.validation[0]), self.validation[1])
+
+    def _fit_lbfgs(self, output_dir: Path, progress: bool) -> ProbeTrainingResult:
+        """One convex problem an L2 strength, warm-started from strong to weak."""
+        if not isinstance(self.probe.head, LinearHead):
+            raise ValueError("lbfgs is for the linear head, whose problem is convex; use optimizer='adamw'.")
+        head, device = self.probe.head, self.probe.device
+        rows = self.features[self.train_rows].to(device)
+        labels = _labels(self.features)[self.train_rows].to(device)
+        logger = MetricsLogger(self.args.report_to, output_dir, self.args.to_dict())
+        best: tuple[ProbeMetrics, float, dict[str, Tensor]] | None = None
+        for step, l2 in enumerate(tqdm(sorted(self.args.l2_path, reverse=True), desc="probe", disable=not progress)):
+            loss = _minimise(head, rows, labels, l2)
+            require_finite_loss(loss, step, output_dir, "Check the scale of the features.")
+            metrics = self._validate()
+            logger.log(step, {"l2": l2, "loss": loss, "accuracy": metrics.accuracy, "validation_loss": metrics.loss})
+            if best is None or _better(metrics, best[0]):
+                best = (metrics, l2, copy.deepcopy(head.state_dict()))
+        logger.close()
+        assert best is not None  # noqa: S101  l2_path is never empty
+        head.load_state_dict(best[2])
+        return ProbeTrainingResult(best[0], {"l2": best[1]}, logger.history)
+
+    def _fit_adamw(self, output_dir: Path, progress: bool) -> ProbeTrainingResult:
+        """Revelio's recipe; an epoch is the unit of resuming."""
+        args, probe = self.args, self.probe
+        labels = _labels(self.features)
+        optimizer = torch.optim.AdamW(probe.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+        best = {name: value.clone() for name, value in probe.state_dict().items()}
+        state = torch.tensor([0.0, -1.0, math.inf, -1.0], dtype=torch.float64)  # epochs done; best accuracy, loss, epoch
+        extra = load_checkpoint(output_dir, probe, optimizer, self._run_name())
+        if extra is not None:
+            state = extra.pop("state")
+            best = {name.removeprefix("best."): value for name, value in extra.items()}
+        logger = MetricsLogger(args.report_to, output_dir, args.to_dict())
+        first = int(state[0])
+        for epoch in tqdm(range(first, args.num_train_epochs), desc="probe", unit="epoch", disable=not progress):
+            cosine = 0.5 * (1 + math.cos(math.pi * epoch / args.cosine_epochs))
+            optimizer.param_groups[0]["lr"] = args.learning_rate * cosine
+            loss = self._epoch(epoch, optimizer, labels)
+            require_finite_loss(loss, epoch, output_dir, "Lower learning_rate.")
+            metrics = self._validate()
+            logger.log(epoch, {"loss": loss, "accuracy": metrics.accuracy, "validation_loss": metrics.loss})
+            state[0] = epoch + 1
+            if _better(metrics, ProbeMetrics(state[1].item(), state[2].item(), 0)):
+                state[1:] = torch.tensor([metrics.accuracy, metrics.loss, epoch], dtype=torch.float64)
+                best = {name: value.clone() for name, value in probe.state_dict().items()}
+            extra = {"state": state, **{f"best.{name}": value for name, value in best.items()}}
+            save_checkpoint(output_dir, probe, optimizer, extra, self._run_name())
+        logger.close()
+        probe.load_state_dict(best)
+        chosen = ProbeMetrics(state[1].item(), state[2].item(), len(self.validation[1]))
+        return ProbeTrainingResult(chosen, {"epoch": state[3].item()}, logger.history)
+
+    def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer, labels: Tensor) -> float:
+        """One pass in the order of (seed, epoch); the dropout's random state is forked, so that no one else's changes."""
+        probe, total = self.probe, 0.0
+        order = self.train_rows[epoch_order(len(self.train_rows), seed=self.args.seed, epoch=epoch)]
+        devices = [probe.device] if probe.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.args.seed * 1_000_003 + epoch)
+            probe.train()
+            for rows in order.split(self.args.batch_size):
+                if len(rows) == 1 and len(order) > 1:
+                    continue  # BatchNorm cannot learn from a single row
+                batch = self.features[rows].to(probe.device)
+                loss = probe(features=batch, labels=labels[rows].to(probe.device)).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                total += loss.item() * len(rows)
+        return total / len(order)
+
+    def _run_name(self) -> str:
+        provenance = self.features.provenance
+        config = self.probe.config
+        content: dict[str, Any] = {key: getattr(config, key) for key in ("d_in", "head", "width", "dropout", "init_seed")}
+        content |= {key: value for key, value in self.args.to_dict().items() if key not in ("output_dir", "report_to")}
+        content |= {"features": None if provenance is None else provenance.fingerprint, "rows": len(self.features)}
+        return fingerprint_of(content)
+
+
+def _labels(features: FeatureSet) -> Tensor:
+    labels = features.labels
+    if labels is None:
+        raise ValueError("A probe needs labels, and these features have none. Extract from class folders or labelled data.")
+    return labels
+
+
+def _require_labels(features: FeatureSet, num_labels: int, what: str) -> None:
+    labels = _labels(features)
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_labels:
+        raise ValueError(f"{what} have labels {low}…{high}, the probe has classes 0…{num_labels - 1}. Check id2label.")
+
+
+def _measure(logits: Tensor, labels: Tensor) -> ProbeMetrics:
+    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    return ProbeMetrics(accuracy, F.cross_entropy(logits.double(), labels).item(), len(labels))
+
+
+def _better(new: ProbeMetrics, old: ProbeMetrics) -> bool:
+    return (new.accuracy, -new.loss) > (old.accuracy, -old.loss)
+
+
+def _minimise(head: LinearHead, rows: Tensor, labels: Tensor, l2: float) -> float:
+    """Multinomial logistic regression: mean cross-entropy + l2 · ‖W‖² / 2, by L-BFGS to convergence."""
+    standardised = ((rows - head.feature_mean) / head.feature_std).double()
+    weight = head.classifier.weight.detach().double().requires_grad_()
+    bias = head.classifier.bias.detach().double().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=500, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(standardised, weight, bias), labels) + l2 / 2 * weight.pow(2).sum()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    with torch.no_grad():
+        head.classifier.weight.copy_(weight)
+        head.classifier.bias.copy_(bias)
+    return float(loss)

@@ -1,0 +1,142 @@
+"""Where features come from: the settings of an extraction, and the record of one that was done.
+
+The words that every room shares; no torch here, because the command line builds its options from these fields.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from ._config import JsonConfig, check, check_choice, check_integer, check_number
+from ._files import fingerprint_of, read_json, write_json
+
+POOLINGS = ("mean", "max", "tokens", "none")
+DTYPES = ("float32", "bfloat16", "float16")
+NUM_TRAIN_TIMESTEPS = 1000
+EXTRACTOR_CONFIG_NAME = "extractor_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorConfig(JsonConfig):
+    """Settings of an extraction. Two extractions with equal settings give equal features."""
+
+    model: str = "tiny-sd"
+    """Hub id or folder of a diffusers pipeline, or the name of an embedded model."""
+    layers: tuple[str, ...] = ("bottleneck",)
+    """Canonical layer names (bottleneck, up_ft1, block14) or dotted module paths of the denoiser."""
+    timesteps: tuple[int, ...] = (25,)
+    """Timesteps 0…999 of the training noise schedule."""
+    pooling: str = "mean"
+    """mean or max over positions, tokens (one row a position), none (the activation as it is)."""
+    prompt: str = ""
+    """Text prompt; for a class-conditional model a class name. Empty: the unconditional input."""
+    seed: int = 0
+    """Seed of the noise, which depends on (seed, image id, timestep) alone."""
+    image_size: int | None = None
+    """Side of the preprocessed image in pixels; None: what the model was trained on."""
+    dtype: str = "float32"
+    """Floating-point type the model computes in: float32, bfloat16 or float16."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the Hub."""
+    guidance: float | int | None = None
+    """Guidance embedding of guidance-distilled denoisers; other models refuse it."""
+    random_weights: bool = False
+    """Baseline: the same denoiser freshly initialised from `seed`; VAE and text encoder stay trained."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "timesteps"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str | int) else tuple(value))
+        check(bool(self.model) and isinstance(self.model, str), f"model must name a pipeline, got {self.model!r}.")
+        check(len(self.layers) > 0, "layers must name at least one layer, got none.")
+        check(len(self.timesteps) > 0, "timesteps must hold at least one timestep, got none.")
+        for t in self.timesteps:
+            check_integer("timestep", t, 0, NUM_TRAIN_TIMESTEPS - 1)
+        for name in ("layers", "timesteps"):
+            values = getattr(self, name)
+            check(len(set(values)) == len(values), f"{name} must not repeat, got {list(values)}.")
+        check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("dtype", self.dtype, DTYPES)
+        check(isinstance(self.prompt, str), f"prompt must be a string, got {self.prompt!r}.")
+        check_integer("seed", self.seed, 0)
+        if self.image_size is not None:
+            check_integer("image_size", self.image_size, 1)
+        if self.guidance is not None:
+            check_number("guidance", self.guidance, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance(ExtractorConfig):
+    """Record of an extraction: its settings, what they resolved to, and the weights and libraries that did it.
+
+    Travels with stores, SAEs and probes as `extractor_config.json`.
+    """
+
+    weights: str
+    """Hash over all tensors of the pipeline that took part: the same model under another name has the same one."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Library versions; recorded, but no part of the fingerprint."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what decides the numbers; names and versions do not, the weights do."""
+        left_out = ("model", "revision", "versions", "layers", "timesteps")
+        content = {key: value for key, value in self.to_dict().items() if key not in left_out}
+        # in order of name, so that asking for layers in another order is no other extraction
+        return fingerprint_of(content | {"layers": sorted(self.layers), "timesteps": sorted(self.timesteps)})
+
+    @property
+    def settings(self) -> ExtractorConfig:
+        own = {f.name for f in dataclasses.fields(ExtractorConfig)}
+        return ExtractorConfig.from_dict({key: value for key, value in self.to_dict().items() if key in own})
+
+    def select(self, layer: str, timestep: int) -> Self:
+        """The same record narrowed to one layer and timestep, which must be among those extracted."""
+        check_choice("layer", layer, self.layers)
+        check_choice("timestep", timestep, self.timesteps)
+        return dataclasses.replace(self, layers=(layer,), timesteps=(timestep,))
+
+    def describe(self) -> str:
+        prompt = f" · prompt {self.prompt!r}" if self.prompt else ""
+        random = " · random weights" if self.random_weights else ""
+        return (
+            f"{self.model}{random} · {', '.join(self.layers)} · t={', '.join(map(str, self.timesteps))} · "
+            f"{self.pooling}{prompt} · seed {self.seed} · {self.image_size} px · {self.dtype} · "
+            f"weights {self.weights} · fingerprint {self.fingerprint}"
+        )
+
+    def save(self, folder: str | Path) -> None:
+        write_json(Path(folder) / EXTRACTOR_CONFIG_NAME, {**self.to_dict(), "fingerprint": self.fingerprint})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        content: dict[str, Any] = read_json(path)
+        recorded = content.pop("fingerprint", None)
+        provenance = cls.from_dict(content)
+        if recorded != provenance.fingerprint:
+            raise ValueError(
+                f"{path} was edited: it records the fingerprint {recorded}, its settings have "
+                f"{provenance.fingerprint}. Restore the file, or make the artifact anew with the settings you want."
+            )
+        return provenance
+
+
+class ProvenanceMismatchError(ValueError):
+    """Features of one extraction were given to something made for another."""
+
+
+def require_same_provenance(
+    expected: Provenance | None, given: Provenance | None, what: str, *, allow_mismatch: bool = False
+) -> None:
+    """Refuse features of another extraction, naming both. Where a side is unknown there is nothing to compare."""
+    if expected is None or given is None or allow_mismatch or expected.fingerprint == given.fingerprint:
+        return
+    ignored = ("versions", "model", "revision")
+    mine, theirs = expected.to_dict(), given.to_dict()
+    differing = [key for key in mine if key not in ignored and mine[key] != theirs[key]]
+    raise ProvenanceMismatchError(
+        f"{what} was made for features of another extraction (they differ in {', '.join(differing)}).\n"
+        f"  made for: {expected.describe()}\n  got:      {given.describe()}\n"
+        "Extract with the settings it was made for, or pass allow_mismatch=True if you know that they are comparable."
+    )

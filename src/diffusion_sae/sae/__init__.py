@@ -1,0 +1,1 @@
+"""k-sparse autoencoders and their training."""

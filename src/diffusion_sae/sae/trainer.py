@@ -1,0 +1,190 @@
+"""SAETrainer: features in, a trained KSparseAutoencoder out; killed at any step, the next run ends the same."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from .._files import fingerprint_of, require_writable_folder, write_json
+from .._training import (
+    MetricsLogger,
+    epoch_order,
+    load_checkpoint,
+    require_finite_loss,
+    save_checkpoint,
+    step_rows,
+)
+from ..features import FeatureSet, as_feature_set
+from .evaluation import SAEMetrics, evaluate_sae
+from .modeling import KSparseAutoencoder
+from .training_args import SAETrainingArguments
+
+
+@dataclass(frozen=True)
+class SAETrainingResult:
+    """What a training came to."""
+
+    metrics: SAEMetrics
+    """On the held-out rows."""
+    steps: int
+    seconds: float
+    """Of this run; a resumed run counts its own part."""
+    history: list[dict[str, float]]
+    """One entry a log line."""
+
+
+class SAETrainer:
+    """Trains a k-SAE as Revelio does (§3.2): normalised MSE, unit-norm decoder, b_dec from the mean, Adam with warm-up.
+
+    Beyond the paper: an AuxK loss against dead latents, evaluation on held-out images, exact resuming.
+    """
+
+    def __init__(
+        self,
+        sae: KSparseAutoencoder,
+        features: FeatureSet | Tensor,
+        args: SAETrainingArguments,
+        *,
+        eval_features: FeatureSet | Tensor | None = None,
+        allow_mismatch: bool = False,
+    ) -> None:
+        """
+        Args:
+            sae: the model to train, changed in place.
+            features: rows (N, d_in) to train on.
+            args: how.
+            eval_features: rows to evaluate on; None: `args.eval_fraction` of the images of `features`, held out.
+            allow_mismatch: train on features of another extraction than the SAE records.
+
+        Raises:
+            ValueError: for features of another width, with NaN or infinity, or of another extraction.
+        """
+        self.sae, self.args = sae, args
+        self.features = as_feature_set(features)
+        self.features.require_finite("The training features")
+        sae.require_features(self.features, allow_mismatch=allow_mismatch)
+        self.train_rows, self.eval_features = self._split(eval_features)
+        self.batch_size = min(args.batch_size, len(self.train_rows))
+        per_epoch = max(1, len(self.train_rows) // self.batch_size)
+        self.max_steps = args.max_steps or max(1, round(args.num_train_epochs * per_epoch))
+        self.auxk = sae.config.d_in // 2 if args.auxk is None else args.auxk
+
+    def _split(self, eval_features: FeatureSet | Tensor | None) -> tuple[Tensor, Tensor]:
+        """Training rows, and evaluation rows themselves. Whole images are held out: their positions are alike."""
+        features = self.features
+        if eval_features is not None:
+            given = as_feature_set(eval_features)
+            given.require_finite("The evaluation features")
+            self.sae.require_features(given)
+            return torch.arange(len(features)), given.to_tensor()
+        held_out = round(features.num_images * self.args.eval_fraction)
+        if held_out == 0:
+            return torch.arange(len(features)), features[: 8 * self.args.batch_size]
+        order = epoch_order(features.num_images, seed=self.args.seed, epoch=-1)
+        held = torch.zeros(features.num_images, dtype=torch.bool)
+        held[order[:held_out]] = True
+        of_row = held[features.image_index]
+        return torch.nonzero(~of_row).flatten(), features[torch.nonzero(of_row).flatten()]
+
+    def _run_name(self) -> str:
+        """Identifies what a checkpoint belongs to: settings, shape, data."""
+        provenance = self.features.provenance
+        return fingerprint_of({
+            "args": {k: v for k, v in self.args.to_dict().items() if k not in ("output_dir", "logging_steps", "report_to")},
+            "config": {k: getattr(self.sae.config, k) for k in ("d_in", "num_latents", "k", "encoder_init", "init_seed")},
+            "features": None if provenance is None else provenance.fingerprint,
+            "rows": len(self.features),
+        })
+
+    def train(self, *, progress: bool = True) -> SAETrainingResult:
+        """Train to the end, or on from the checkpoint in `output_dir`; save the finished SAE there.
+
+        Raises:
+            TrainingDivergedError: if the loss becomes NaN or infinite.
+        """
+        sae, args = self.sae, self.args
+        output_dir = require_writable_folder(args.output_dir)
+        device = sae.W_dec.device
+        optimizer = torch.optim.Adam(sae.parameters(), lr=args.learning_rate)
+        rows_since_active = torch.zeros(sae.config.num_latents, dtype=torch.long, device=device)
+        step = self._resume_or_begin(output_dir, optimizer, rows_since_active)
+        scheduler = get_scheduler(
+            args.lr_scheduler_type, optimizer, min(args.warmup_steps, self.max_steps // 2), self.max_steps
+        )
+        logger = MetricsLogger(args.report_to, output_dir, args.to_dict())
+        started = time.perf_counter()
+        sae.train()
+        bar = tqdm(total=self.max_steps, initial=step, desc="train k-SAE", unit="step", disable=not progress)
+        while step < self.max_steps:
+            _set_step(scheduler, step)
+            batch = self.features[self.train_rows[step_rows(step, self.batch_size, len(self.train_rows), seed=args.seed)]]
+            loss, fvu = self._step(batch.to(device), optimizer, rows_since_active)
+            step += 1
+            bar.update()
+            if step % args.logging_steps == 0 or step == self.max_steps:
+                require_finite_loss(loss.item(), step, output_dir, "Lower learning_rate, or check the features' scale.")
+                dead = (rows_since_active >= args.dead_after_rows).float().mean().item()
+                logger.log(step, {"loss": loss.item(), "fvu": fvu.item(), "dead_latents": dead})
+                bar.set_postfix(loss=f"{loss.item():.4f}", fvu=f"{fvu.item():.4f}")
+            if step % args.save_steps == 0 or step == self.max_steps:
+                require_finite_loss(loss.item(), step, output_dir, "Lower learning_rate, or check the features' scale.")
+                extra = {"step": torch.tensor(step), "rows_since_active": rows_since_active}
+                save_checkpoint(output_dir, sae, optimizer, extra, self._run_name())
+        bar.close()
+        logger.close()
+        return self._finish(output_dir, step, time.perf_counter() - started, logger.history)
+
+    def _resume_or_begin(self, output_dir: Path, optimizer: torch.optim.Optimizer, rows_since_active: Tensor) -> int:
+        extra = load_checkpoint(output_dir, self.sae, optimizer, self._run_name())
+        if extra is not None:
+            rows_since_active.copy_(extra["rows_since_active"])
+            return int(extra["step"])
+        with torch.no_grad():
+            self.sae.b_dec.copy_(self.features.mean())
+            self.sae.normalize_decoder_()
+        return 0
+
+    def _step(self, batch: Tensor, optimizer: torch.optim.Optimizer, rows_since_active: Tensor) -> tuple[Tensor, Tensor]:
+        sae, args = self.sae, self.args
+        output = sae(batch, rows_since_active >= args.dead_after_rows, self.auxk, args.auxk_alpha)
+        output.loss.backward()
+        sae.remove_parallel_gradient_()
+        if args.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        sae.normalize_decoder_()
+        rows_since_active += len(batch)
+        rows_since_active[output.top_indices[output.top_acts > 0]] = 0
+        return output.loss.detach(), output.fvu
+
+    def evaluate(self) -> SAEMetrics:
+        """FVU, L0 and dead latents on the held-out rows."""
+        return evaluate_sae(self.sae, FeatureSet.from_tensor(self.eval_features))
+
+    def _finish(self, output_dir: Path, steps: int, seconds: float, history: list[dict[str, float]]) -> SAETrainingResult:
+        self.sae.eval()
+        metrics = self.evaluate()
+        self.sae.provenance = self.features.provenance
+        self.sae.metrics = {
+            "held_out": dataclasses.asdict(metrics),
+            "training": {"steps": steps, "rows": len(self.train_rows), **self.args.to_dict()},
+            "note": f"On {metrics.rows:,} rows of images that were held out of the SAE's training.",
+        }
+        self.sae.metrics["training"].pop("output_dir")
+        self.sae.save_pretrained(output_dir)
+        write_json(output_dir / "training_history.json", history)
+        return SAETrainingResult(metrics, steps, seconds, history)
+
+
+def _set_step(scheduler: torch.optim.lr_scheduler.LRScheduler, step: int) -> None:
+    """Learning rate of a step from its number alone, so that a resumed run needs no scheduler state."""
+    for group, base, factor in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True  # type: ignore[attr-defined]
+    ):
+        group["lr"] = base * factor(step + 1)

@@ -1,0 +1,63 @@
+"""SAETrainingArguments. No torch here: the command line builds its options from these fields."""
+
+from dataclasses import dataclass
+
+from .._config import JsonConfig, check, check_choice, check_integer, check_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAETrainingArguments(JsonConfig):
+    """How an SAE is trained. The defaults are Revelio's where it states one."""
+
+    output_dir: str
+    """Folder for the checkpoint and the finished SAE."""
+    learning_rate: float = 4e-4
+    """Peak learning rate of Adam."""
+    warmup_steps: int = 500
+    """Steps over which the learning rate rises from 0."""
+    lr_scheduler_type: str = "constant_with_warmup"
+    """constant_with_warmup, linear or cosine, from transformers."""
+    batch_size: int = 8192
+    """Rows a step."""
+    max_steps: int | None = None
+    """Steps in all; None: num_train_epochs over the rows."""
+    num_train_epochs: float = 10.0
+    """Passes over the rows, where max_steps is not given."""
+    auxk: int | None = None
+    """Dead latents that learn each row's residual; None: half of d_in; 0: no AuxK loss."""
+    auxk_alpha: float = 1 / 32
+    """Weight of the AuxK loss."""
+    dead_after_rows: int = 1_000_000
+    """A latent that was not active for so many rows counts as dead."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this norm; None: not at all."""
+    eval_fraction: float = 0.05
+    """Share of the images held out for evaluation, where no evaluation features are given."""
+    seed: int = 0
+    """Seed of the row order and the held-out images."""
+    logging_steps: int = 50
+    """Steps between log lines."""
+    save_steps: int = 500
+    """Steps between checkpoints."""
+    report_to: str = "none"
+    """none, trackio, tensorboard or wandb."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.output_dir), "output_dir must name a folder, got an empty string.")
+        check_number("learning_rate", self.learning_rate, 0, open_low=True)
+        check_integer("warmup_steps", self.warmup_steps, 0)
+        check_choice("lr_scheduler_type", self.lr_scheduler_type, ("constant_with_warmup", "linear", "cosine"))
+        check_integer("batch_size", self.batch_size, 1)
+        if self.max_steps is not None:
+            check_integer("max_steps", self.max_steps, 1)
+        check_number("num_train_epochs", self.num_train_epochs, 0, open_low=True)
+        if self.auxk is not None:
+            check_integer("auxk", self.auxk, 0)
+        check_number("auxk_alpha", self.auxk_alpha, 0)
+        check_integer("dead_after_rows", self.dead_after_rows, 1)
+        if self.max_grad_norm is not None:
+            check_number("max_grad_norm", self.max_grad_norm, 0, open_low=True)
+        check_number("eval_fraction", self.eval_fraction, 0, 0.9)
+        check_integer("seed", self.seed, 0)
+        check_integer("logging_steps", self.logging_steps, 1)
+        check_integer("save_steps", self.save_steps, 1)

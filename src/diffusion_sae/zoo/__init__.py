@@ -1,0 +1,40 @@
+"""What comes with the package: tiny trained models, images, and artifacts trained on them. Looked up before the Hub."""
+
+from pathlib import Path
+
+_ROOT = Path(__file__).parent
+IMAGES = "fashion-mnist-mini"
+DEFAULT_PROBE = "tiny-sd-up1-t50-fashion-mnist"
+
+
+def embedded_models() -> list[str]:
+    return sorted(path.parent.name for path in _ROOT.glob("models/*/model_index.json"))
+
+
+def embedded_artifacts() -> list[str]:
+    return sorted(path.parent.name for path in _ROOT.glob("artifacts/*/config.json"))
+
+
+def embedded_path(name: str) -> Path | None:
+    """Folder of an embedded model or artifact; None for every other name. Embedded names have no slash."""
+    if "/" in name or "\\" in name:
+        return None
+    for kind in ("models", "artifacts"):
+        folder = _ROOT / kind / name
+        if (folder / "model_index.json").is_file() or (folder / "config.json").is_file():
+            return folder
+    return None
+
+
+def resolve_source(name: str) -> str:
+    """What to load: the folder of an embedded name, else the name itself (a folder or a Hub id)."""
+    folder = embedded_path(name)
+    return name if folder is None else str(folder)
+
+
+def embedded_images(split: str) -> Path:
+    """Parquet file of the sample images: `train` (4,000), `validation` (1,000) or `test` (1,000)."""
+    path = _ROOT / "images" / f"{split}.parquet"
+    if not path.is_file():
+        raise ValueError(f"{IMAGES} has no split {split!r}. Splits: train, validation, test.")
+    return path
