@@ -41,7 +41,14 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-TEMPLATES = ["a photo of a {}", "a {}", "a grayscale picture of a {}", "a small picture of a {}", "{}", "one {} for sale"]
+TEMPLATES = [
+    "a photo of a {}",
+    "a {}",
+    "a grayscale picture of a {}",
+    "a small picture of a {}",
+    "{}",
+    "one {} for sale",
+]
 NULL_CLASS = 1000  # what DiTPipeline uses for guidance, so the label table has 1001 rows as in DiT-XL/2
 # Stable Diffusion's schedule. The DiT uses the same, so that a timestep is the same noise level in both models.
 SCHEDULE = dict(
@@ -62,7 +69,9 @@ def load_fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
         prefix = {"train": "train", "test": "t10k"}[split]
         raw = gzip.decompress((DEBIAN_FOLDER / f"{prefix}-images-idx3-ubyte.gz").read_bytes())
         pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
-        labels = np.frombuffer(gzip.decompress((DEBIAN_FOLDER / f"{prefix}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
+        labels = np.frombuffer(
+            gzip.decompress((DEBIAN_FOLDER / f"{prefix}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8
+        )
     else:
         from datasets import load_dataset
 
@@ -98,7 +107,11 @@ class Stage:
         self.average.module.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("average.")})
         self.average.n_averaged.fill_(self.step)
         moments = {
-            i: {"step": torch.tensor(float(self.step)), "exp_avg": state[f"exp_avg.{i}"], "exp_avg_sq": state[f"exp_avg_sq.{i}"]}
+            i: {
+                "step": torch.tensor(float(self.step)),
+                "exp_avg": state[f"exp_avg.{i}"],
+                "exp_avg_sq": state[f"exp_avg_sq.{i}"],
+            }
             for i, _ in enumerate(self.model.parameters())
             if f"exp_avg.{i}" in state
         }
@@ -125,7 +138,9 @@ class Stage:
         warmup = min(500, self.steps // 10 + 1)
         losses: list[float] = []
         started, first = time.time(), self.step
-        for step in tqdm(range(self.step, self.steps), desc=self.name, initial=self.step, total=self.steps, mininterval=5):
+        for step in tqdm(
+            range(self.step, self.steps), desc=self.name, initial=self.step, total=self.steps, mininterval=5
+        ):
             cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
             self.optimizer.param_groups[0]["lr"] = self.lr * cosine * min(1.0, (step + 1) / warmup)
             loss = loss_of_step(step)
@@ -198,7 +213,9 @@ def encode_all(vae: AutoencoderKL, images: Tensor, args: argparse.Namespace) -> 
     return state["mean"], state["std"]
 
 
-def make_diffusion_loss(latents: tuple[Tensor, Tensor], name: str, batch_size: int, predict: Callable, args: argparse.Namespace) -> Callable:
+def make_diffusion_loss(
+    latents: tuple[Tensor, Tensor], name: str, batch_size: int, predict: Callable, args: argparse.Namespace
+) -> Callable:
     """Epsilon-prediction loss ‖ε − ε_θ(√ᾱ_t z + √(1−ᾱ_t) ε, t, condition)‖² (Ho et al. 2020, eq. 14)."""
     mean, std = latents
     alphas_cumprod = DDIMScheduler(**SCHEDULE).alphas_cumprod
@@ -221,7 +238,9 @@ def build_tokenizer() -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
-    trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator([template.format(c).lower() for template in TEMPLATES for c in CLASSES], trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(merge) for merge in merges]
@@ -245,7 +264,9 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def train_tiny_sd(latents: tuple[Tensor, Tensor], labels: Tensor, args: argparse.Namespace) -> tuple[nn.ModuleDict, CLIPTokenizer]:
+def train_tiny_sd(
+    latents: tuple[Tensor, Tensor], labels: Tensor, args: argparse.Namespace
+) -> tuple[nn.ModuleDict, CLIPTokenizer]:
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     unet = UNet2DConditionModel(
@@ -312,7 +333,13 @@ def sample_grid(draw: Callable[[int, torch.Generator], list[Image.Image]], path:
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path)
 
 
-def export(vae: AutoencoderKL, sd: nn.ModuleDict, tokenizer: CLIPTokenizer, dit: DiTTransformer2DModel, args: argparse.Namespace) -> None:
+def export(
+    vae: AutoencoderKL,
+    sd: nn.ModuleDict,
+    tokenizer: CLIPTokenizer,
+    dit: DiTTransformer2DModel,
+    args: argparse.Namespace,
+) -> None:
     """Write both pipeline folders (fp16), then sample from what was written."""
     sd_pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -349,7 +376,12 @@ def export(vae: AutoencoderKL, sd: nn.ModuleDict, tokenizer: CLIPTokenizer, dit:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny-diffusion"))
-    parser.add_argument("--stages", nargs="+", default=["vae", "tiny-sd", "tiny-dit", "export"], choices=["vae", "tiny-sd", "tiny-dit", "export"])
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        default=["vae", "tiny-sd", "tiny-dit", "export"],
+        choices=["vae", "tiny-sd", "tiny-dit", "export"],
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--unet-steps", type=int, default=8000)
@@ -357,8 +389,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--log-every", type=int, default=250)
     parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="results are bit-equal for equal numbers of threads")
-    parser.add_argument("--quick", action="store_true", help="1,000 images and a few steps: the same path, not the same models")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="results are bit-equal for equal numbers of threads",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="1,000 images and a few steps: the same path, not the same models"
+    )
     args = parser.parse_args()
     if args.quick:
         args.vae_steps, args.unet_steps, args.dit_steps, args.log_every, args.save_every = 12, 12, 12, 6, 6

@@ -10,8 +10,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
@@ -21,9 +20,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 Json = dict[str, Any]
 LFS_BYTES = 10_000_000  # a file of this size or more never travels inside a commit
 LFS_SUFFIX = r".*\.(7z|arrow|bin|ckpt|gz|h5|msgpack|np[yz]|onnx|parquet|pickle|pkl|pth?|safetensors|tar|zip)"
-LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
+BLOCK = 1 << 20  # bytes of a streamed body in memory at once
 CARD = {"tags": "", "library_name": "", "pipeline_tag": "", "license": "license:", "datasets": "dataset:"}
-CARD |= {"base_model": "base_model:", "language": ""}  # the keys read from a card → the prefix of their tags
 REPO = "/api/(models|datasets)/([^/]+(?:/[^/]+)??)"
 ROUTES = [  # (method, path, what the caller must be allowed to do with the repository, method of Handler)
     ("GET", "/api/whoami-v2", "", "whoami"),
@@ -33,7 +31,7 @@ ROUTES = [  # (method, path, what the caller must be allowed to do with the repo
     ("GET", f"{REPO}/refs", "info", "list_refs"),
     ("GET", f"{REPO}/tree/([^/]+)(?:/(.+))?", "files", "tree"),
     ("GET", f"{REPO}(?:/revision/([^/]+))?", "info", "info"),
-    ("POST", f"{REPO}/paths-info/([^/]+)", "files", "paths_info"),
+    ("POST", f"{REPO}/paths-info/([^/]+)", "files", "tree"),
     ("POST", f"{REPO}/preupload/([^/]+)", "write", "preupload"),
     ("POST", f"{REPO}/commit/([^/]+)", "write", "commit"),
     ("POST", f"{REPO}/(branch|tag)/([^/]+)", "write", "create_ref"),
@@ -97,7 +95,6 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[tuple[str, str], Repo] = {}  # (model | dataset, id) → repository
         self.token = "hf_token_of_tester"
         self.users: dict[str, tuple[str, ...]] = {self.token: ("tester", *orgs)}  # token → user, organisations
-        self.lock = threading.Lock()  # held while a POST is answered
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def __exit__(self, *error: object) -> None:
@@ -132,7 +129,8 @@ class HubServer(ThreadingHTTPServer):
         """What a commit holds of a stored file: `oid` is git's id, of an LFS file that of its pointer."""
         path = self.folder / sha256
         require(path.is_file(), 400, f"LFS object {sha256} was not uploaded")
-        pointer = LFS_POINTER.format(sha256, size := path.stat().st_size).encode()
+        size = path.stat().st_size
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
         data = pointer if lfs else path.read_bytes()
         oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         entry = {"oid": oid, "blobId": oid, "sha256": sha256, "size": size, "etag": sha256 if lfs else oid}
@@ -150,37 +148,33 @@ class Handler(BaseHTTPRequestHandler):
     def dispatch(self) -> None:
         url, method = urlsplit(self.path), self.command.replace("HEAD", "GET")
         self.server.requests.append((self.command, url.path))
-        self.query, self.blocks = parse_qs(url.query), self.read_blocks()
+        size = int(self.headers.get("Content-Length") or 0)
+        self.blocks = (self.rfile.read(min(BLOCK, size - start)) for start in range(0, size, BLOCK))
         self.body = b"" if method == "PUT" else b"".join(self.blocks)
+        self.query, self.status = parse_qs(url.query), 200
         try:
             for verb, pattern, need, name in ROUTES:
                 if verb == method and (match := re.fullmatch(pattern, url.path)):
                     groups = [unquote(group or "") for group in match.groups()]
-                    with self.server.lock if method == "POST" else nullcontext():
-                        arguments = [self.repo(need, *groups[:2]), *groups[2:]] if need else groups
-                        answer = getattr(self, name)(*arguments)
-                    return self.send(200, {}, json.dumps(answer).encode()) if name != "resolve" else None
+                    arguments = [self.repo(need, *groups[:2]), *groups[2:]] if need else groups
+                    return getattr(self, name)(*arguments)
             require(False, 404, f"The test Hub does not serve {method} {url.path}")
         except HubError as error:
             status, headers = error.args
-            self.send(status, headers, json.dumps({"error": headers["X-Error-Message"]}).encode())
+            self.reply({"error": headers["X-Error-Message"]}, status, headers)
 
     do_HEAD = do_GET = do_POST = do_PUT = dispatch  # noqa: N815
 
     def log_message(self, format: str, *args: object) -> None: ...
 
-    def read_blocks(self) -> Iterator[bytes]:
-        left = int(self.headers.get("Content-Length") or 0)
-        while left and (block := self.rfile.read(min(left, 1 << 20))):
-            left -= len(block)
-            yield block
-
-    def send(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+    def reply(self, answer: Any, status: int = 200, headers: Json | None = None) -> None:
+        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
-        for item in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(*item)
+        for name, value in ({"Content-Length": len(body)} | (headers or {})).items():
+            self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def names(self) -> tuple[str, ...]:
         """The caller and their organisations, () without a token."""
@@ -198,21 +192,125 @@ class Handler(BaseHTTPRequestHandler):
         require(member or need != "files" or not repo.gated, status, f"Access to {repo_id} is restricted", "GatedRepo")
         return repo
 
-    def whoami(self) -> Json:
+    def whoami(self) -> None:
         require(names := self.names(), 401, "Invalid username or password.")
-        return {"type": "user", "name": names[0], "orgs": [{"type": "org", "name": name} for name in names[1:]]}
+        self.reply({"type": "user", "name": names[0], "orgs": [{"type": "org", "name": name} for name in names[1:]]})
 
-    def validate_yaml(self) -> Json:
-        return {"errors": [], "warnings": []}
+    def validate_yaml(self) -> None:
+        self.reply({"errors": [], "warnings": []})
 
-    def create_repo(self) -> Json:
+    def create_repo(self) -> None:
         asked, names = json.loads(self.body), self.names()
         kind, owner = asked.get("type") or "model", asked.get("organization") or "".join(names[:1])
         require(owner in names, 403 if names else 401, f"You don't have the rights to create a {kind} under {owner}")
         repo = Repo(f"{owner}/{asked['name']}", asked.get("visibility") == "private")
-        answer = {"url": f"{self.server.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo.id}"}
-        require((kind, repo.id) not in self.server.repos, 409, f"You already created this {kind} repo")
-        attributes = self.server.store([b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"])
-        repo.commit("main", "initial commit", {".gitattributes": self.server.entry(attributes)})
-        self.server.repos[kind, repo.id] = repo
-        return answer
+        exists = (kind, repo.id) in self.server.repos
+        if not exists:
+            attributes = self.server.store([b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"])
+            repo.commit("main", "initial commit", {".gitattributes": self.server.entry(attributes)})
+            self.server.repos[kind, repo.id] = repo
+        url = f"{self.server.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo.id}"
+        self.reply({"url": url, "error": f"This {kind} exists" if exists else None}, 409 if exists else 200)
+
+    def info(self, repo: Repo, revision: str) -> None:
+        self.reply(self.describe(repo, repo.at(revision or "main")))
+
+    def list_repos(self, kind: str) -> None:
+        names, tags = self.names(), {*self.query.get("filter", []), *self.query.get("pipeline_tag", [])}
+        author, search, limit = (self.query.get(key, [""])[0] for key in ("author", "search", "limit"))
+        repos = [repo for (of_kind, _), repo in list(self.server.repos.items()) if f"{of_kind}s" == kind]
+        found = [self.describe(repo, repo.at("main")) for repo in repos if search.lower() in repo.id.lower()]
+        found = [info for info in found if author in ("", info["author"]) and tags <= {*info["tags"]}]
+        found = [info for info in found if not info["private"] or info["author"] in names]
+        self.reply(found[: int(limit or len(found))])
+
+    def describe(self, repo: Repo, commit: Commit) -> Json:
+        """What model_info shows. Of the card, the keys in CARD, as text: enough YAML for what the client writes."""
+        readme = commit.files.get("README.md")
+        text = (self.server.folder / readme["sha256"]).read_text("utf-8").split("\n---")[0] if readme else ""
+        found = re.findall(rf"^({'|'.join(CARD)}): *(.*)((?:\n *- .*)*)", text, re.MULTILINE)
+        card = {key: one.strip("'\"") or re.findall(r"- ['\"]?(.+?)['\"]?(?:\n|$)", many) for key, one, many in found}
+        tags = [CARD[key] + tag for key, tags in card.items() for tag in ([tags] if isinstance(tags, str) else tags)]
+        files = [{"rfilename": path, **(entry if "blobs" in self.query else {})} for path, entry in commit.files.items()]
+        info = {"id": repo.id, "author": repo.id.split("/")[0], "sha": commit.oid, "tags": tags, "cardData": card}
+        info |= {"private": repo.private, "gated": "auto" if repo.gated else False, "siblings": files}
+        return info | {key: card.get(key) for key in ("pipeline_tag", "library_name")}
+
+    def list_refs(self, repo: Repo) -> None:
+        answer: Json = {"converts": [], "pullRequests": []}
+        for key, kind, ref in (("branches", "branch", "refs/heads/"), ("tags", "tag", "refs/tags/")):
+            answer[key] = [{"name": n, "ref": ref + n, "targetCommit": oid} for n, oid in repo.refs[kind].items()]
+        self.reply(answer)
+
+    def create_ref(self, repo: Repo, kind: str, target: str) -> None:
+        asked = json.loads(self.body)
+        name, start = (target, asked.get("startingPoint", "main")) if kind == "branch" else (asked["tag"], target)
+        require(name not in repo.refs[kind], 409, f"Reference already exists: {name}")
+        repo.refs[kind][name] = repo.at(start).oid
+        self.reply({})
+
+    def tree(self, repo: Repo, revision: str, folder: str = "") -> None:
+        """The entries of a folder, or (POST to paths-info) those asked for."""
+        commit, start, found = repo.at(revision), f"{folder}/" if folder else "", {}
+        for path, entry in sorted(commit.files.items()):
+            for parent in [str(parent) for parent in PurePosixPath(path).parents][-2::-1]:
+                found[parent] = {"type": "directory", "path": parent, "oid": hashlib.sha1(parent.encode()).hexdigest()}
+            found[path] = {"type": "file", "path": path, **entry}
+        asked = [path.rstrip("/") for path in parse_qs(self.body.decode()).get("paths", [])]
+        inside = [path for path in found if path.startswith(start)]
+        require(inside or not folder, 404, f"No folder {folder}", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
+        deep = self.query.get("recursive") == ["true"]
+        shown = [path for path in inside if deep or "/" not in path.removeprefix(start)]
+        self.reply([found[path] for path in (shown if self.command == "GET" else asked) if path in found])
+
+    def preupload(self, repo: Repo, revision: str) -> None:
+        """Large and binary files travel as LFS, and those of a known suffix."""
+        known, answers = repo.at(revision).files, []
+        for file in json.loads(self.body)["files"]:
+            lfs = file["size"] >= LFS_BYTES or re.fullmatch(LFS_SUFFIX, file["path"])
+            mode = "lfs" if lfs or b"\0" in base64.b64decode(file["sample"]) else "regular"
+            oid = known.get(file["path"], {}).get("etag")
+            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self.reply({"files": answers})
+
+    def lfs_batch(self, repo: Repo) -> None:
+        objects = json.loads(self.body)["objects"]
+        for new in [item for item in objects if not (self.server.folder / item["oid"]).exists()]:
+            new["actions"] = {"upload": {"href": f"{self.server.endpoint}/lfs/{new['oid']}"}}
+        self.reply({"transfer": "basic", "objects": objects})
+
+    def lfs_upload(self, sha256: str) -> None:
+        self.reply({"oid": self.server.store(self.blocks, announced=sha256)})
+
+    def commit(self, repo: Repo, branch: str) -> None:
+        title, files = "", dict(repo.at(branch).files)
+        for line in self.body.splitlines():
+            key, value = json.loads(line).values()
+            path = value.get("path", "").rstrip("/")
+            if key == "header":
+                title, parent = value["summary"], value.get("parentCommit")
+                require(parent in (None, repo.at(branch).oid), 412, "A commit has happened since. Please refresh.")
+            elif key == "file":
+                files[path] = self.server.entry(self.server.store([base64.b64decode(value["content"])]))
+            elif key == "lfsFile":
+                files[path] = self.server.entry(value["oid"], lfs=True)
+            else:  # deletedFile or deletedFolder
+                kept = {name: entry for name, entry in files.items() if not f"{name}/".startswith(f"{path}/")}
+                require(len(kept) < len(files), 404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
+                files = kept
+        oid = repo.commit(branch, title, files)
+        self.reply({"commitOid": oid, "commitUrl": f"{self.server.endpoint}/{repo.id}/commit/{oid}"})
+
+    def resolve(self, repo: Repo, revision: str, path: str) -> None:
+        commit, asked = repo.at(revision), re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        headers: Json = {"X-Repo-Commit": commit.oid}
+        require(path in commit.files, 404, "Entry not found", "EntryNotFound", **headers)
+        size = commit.files[path]["size"]
+        first, end = (int(asked[1]), min(int(asked[2] or size), size - 1) + 1) if asked else (0, size)
+        require(first < end or not asked, 416, "Range Not Satisfiable")
+        headers |= {"ETag": f'"{commit.files[path]["etag"]}"', "Content-Length": end - first, "Accept-Ranges": "bytes"}
+        headers |= {"Content-Range": f"bytes {first}-{end - 1}/{size}"} if asked else {}
+        self.reply(b"", 206 if asked else 200, headers)
+        if self.command == "GET" and size:
+            with (self.server.folder / commit.files[path]["sha256"]).open("rb") as file:
+                self.connection.sendfile(file, first, end - first)

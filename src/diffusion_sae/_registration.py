@@ -9,7 +9,7 @@ from .probes.modeling import DiffusionProbe
 from .probes.pipeline import DiffusionProbePipeline
 from .sae.configuration import KSparseAutoencoderConfig
 from .sae.modeling import KSparseAutoencoder
-from .zoo import DEFAULT_PROBE, resolve_source
+from .zoo import DEFAULT_PROBE, embedded_path
 
 TASK = "diffusion-probe"
 
@@ -27,7 +27,7 @@ def register() -> None:
             TASK,
             pipeline_class=DiffusionProbePipeline,
             pt_model=AutoModelForImageClassification,
-            default={"model": (resolve_source(DEFAULT_PROBE), "main")},
+            default={"model": (str(embedded_path(DEFAULT_PROBE) or DEFAULT_PROBE), "main")},
             type="image",
         )
         # transformers marks the class as custom code: pipe.save_pretrained would copy it beside the weights, and

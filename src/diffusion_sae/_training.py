@@ -1,5 +1,6 @@
 """What both trainers need: row orders that depend on (seed, epoch), one-file checkpoints, a log, a loss that must be finite."""
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from ._files import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
 REPORT_TO = ("none", "trackio", "tensorboard", "wandb")
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(RuntimeError):
@@ -35,21 +36,28 @@ def step_rows(step: int, batch_size: int, count: int, *, seed: int) -> Tensor:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor], run: str
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, Tensor],
+    *,
+    run: str,
+    history: list[dict[str, float]],
 ) -> None:
     """Weights, optimiser moments and what else the next step depends on, in one file that is replaced whole."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
     tensors |= {f"extra.{name}": value for name, value in extra.items()}
+    metadata = {"run": run, "history": json.dumps(history)}
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(folder / CHECKPOINT, lambda path: save_file(contiguous, path, metadata={"run": run}))
+    write_atomically(folder / CHECKPOINT, lambda path: save_file(contiguous, path, metadata=metadata))
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: str
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, run: str, history: list[dict[str, float]]
 ) -> dict[str, Tensor] | None:
-    """Restore what `save_checkpoint` wrote and return the extras; None if there is no checkpoint.
+    """Restore what `save_checkpoint` wrote, append to `history` and return the extras; None without a checkpoint.
 
     Raises:
         ValueError: if the checkpoint belongs to a run with other settings or other features.
@@ -63,6 +71,7 @@ def load_checkpoint(
                 f"{path} is from a run with other settings or features. Choose another output_dir, or delete the "
                 "checkpoint to train anew there."
             )
+        history += json.loads(file.metadata()["history"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     model.load_state_dict({name[6:]: v for name, v in tensors.items() if name.startswith("model.")})
     moments: dict[int, dict[str, Tensor]] = {}
@@ -98,7 +107,7 @@ class MetricsLogger:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.history.append({"step": step, **values})
-        log.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         if self._kind in ("trackio", "wandb"):
             self._run.log(dict(values), step=step)
         elif self._kind == "tensorboard":

@@ -22,9 +22,7 @@ from .noise import add_noise, noise_batch
 class DiffusionBackbone:
     """Encodes images, adds noise, runs the denoiser up to the wanted layers."""
 
-    def __init__(
-        self, pipeline: Any, *, prompt: str, image_size: int | None, guidance: float | None = None
-    ) -> None:
+    def __init__(self, pipeline: Any, *, prompt: str, image_size: int | None, guidance: float | None = None) -> None:
         self.pipeline = pipeline
         denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
         if denoiser is None or not canonical_layers(denoiser) or getattr(pipeline, "vae", None) is None:
@@ -78,7 +76,9 @@ class DiffusionBackbone:
             return self.denoiser.config.num_embeds_ada_norm
         labels = self.pipeline.labels
         if prompt not in labels:
-            raise ValueError(f"A class-conditional model's prompt is a class name, got {prompt!r}: {', '.join(labels)}.")
+            raise ValueError(
+                f"A class-conditional model's prompt is a class name, got {prompt!r}: {', '.join(labels)}."
+            )
         return labels[prompt]
 
     @torch.no_grad()
@@ -147,9 +147,7 @@ class DiffusionBackbone:
         side = self.image_size // self.vae_stride
         sample = torch.empty(1, self.denoiser.config.in_channels, side, side, device="meta", dtype=self.dtype)
         conditioning = self.conditioning_on(torch.device("meta"))
-        shapes = run_until_captured(
-            shadow, module_paths, lambda: self._forward(shadow, sample, 0, conditioning)
-        )
+        shapes = run_until_captured(shadow, module_paths, lambda: self._forward(shadow, sample, 0, conditioning))
         family = family_of(self.denoiser)
         infos = []
         for name, path in module_paths.items():

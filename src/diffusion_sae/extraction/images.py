@@ -58,9 +58,13 @@ def load_image(source: Any, name: str | None = None) -> Image.Image:
     except FileNotFoundError as error:
         raise ImageError(f"There is no image file {label!r}. Check the path.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"Cannot read the image {label!r}: {error}. Repair or remove it, or use skip_broken.") from error
-    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and (
-        source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (1, 3, 4))
+        raise ImageError(
+            f"Cannot read the image {label!r}: {error}. Repair or remove it, or use skip_broken."
+        ) from error
+    if (
+        isinstance(source, np.ndarray)
+        and source.dtype == np.uint8
+        and (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (1, 3, 4)))
     ):
         return to_rgb(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
     shape = f" of shape {tuple(source.shape)} and type {source.dtype}" if hasattr(source, "shape") else ""
@@ -114,6 +118,6 @@ def to_pixel_values(images: Any, size: int) -> Float[Tensor, "B 3 size size"]:
     sources: Sequence[Any] = [images] if single else list(images)
     if not sources:
         raise ImageError(f"Got no images: an empty {type(images).__name__}. Give {ACCEPTED}.")
-    return torch.stack([
-        check_pixel_values(s, size)[0] if isinstance(s, Tensor) else preprocess(load_image(s), size) for s in sources
-    ])
+    return torch.stack(
+        [check_pixel_values(s, size)[0] if isinstance(s, Tensor) else preprocess(load_image(s), size) for s in sources]
+    )

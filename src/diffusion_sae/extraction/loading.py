@@ -8,7 +8,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from ..provenance import EXTRACTOR_CONFIG_NAME, ExtractorConfig, Provenance
-from ..zoo import embedded_artifacts, embedded_models, resolve_source
+from ..zoo import resolve_source
 
 
 def find_artifact(name: str, *, subfolder: str = "", **hub: Any) -> Provenance | None:
@@ -17,11 +17,6 @@ def find_artifact(name: str, *, subfolder: str = "", **hub: Any) -> Provenance |
     if Path(source).is_dir():
         path = Path(source, subfolder, EXTRACTOR_CONFIG_NAME)
         return Provenance.load(path) if path.is_file() else None
-    if source.count("/") != 1:
-        raise FileNotFoundError(
-            f"{name!r} is no folder, no Hub id (owner/name) and no embedded name. Embedded models: "
-            f"{', '.join(embedded_models())}; artifacts: {', '.join(embedded_artifacts())}."
-        )
     try:
         return Provenance.load(hf_hub_download(source, EXTRACTOR_CONFIG_NAME, subfolder=subfolder or None, **hub))
     except LocalEntryNotFoundError:

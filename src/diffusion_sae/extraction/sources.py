@@ -70,7 +70,9 @@ def from_dataset(table: Any, name: str) -> ImageSource:
     labels: list[int | None] = [None] * len(table)
     class_names = None
     classed = [c for c, feature in table.features.items() if isinstance(feature, ClassLabel)]
-    numbered = [c for c in LABEL_COLUMNS if isinstance(table.features.get(c), Value) and "int" in table.features[c].dtype]
+    numbered = [
+        c for c in LABEL_COLUMNS if isinstance(table.features.get(c), Value) and "int" in table.features[c].dtype
+    ]
     label_column = next(iter([c for c in LABEL_COLUMNS if c in classed] + classed + numbered), None)
     if label_column is not None:
         labels = list(table[label_column])

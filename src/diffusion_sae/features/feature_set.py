@@ -36,7 +36,9 @@ class FeatureSet:
         self.num_images = len(self) // rows_per_image
         for name, values in (("labels", labels), ("image_ids", image_ids)):
             if values is not None and len(values) != self.num_images:
-                raise ValueError(f"{name} must have one entry an image: {self.num_images} images, {len(values)} {name}.")
+                raise ValueError(
+                    f"{name} must have one entry an image: {self.num_images} images, {len(values)} {name}."
+                )
         self.image_labels = labels
         self.image_ids = None if image_ids is None else list(image_ids)
         self.class_names = None if class_names is None else list(class_names)

@@ -90,7 +90,9 @@ class FeatureStore:
             path = self.path / f"{shard['name']}.safetensors"
             for file in (path, path.with_suffix(".parquet")):
                 if not file.is_file():
-                    raise FileNotFoundError(f"{self.path} lacks {file.name}, which its manifest lists. Extract it again.")
+                    raise FileNotFoundError(
+                        f"{self.path} lacks {file.name}, which its manifest lists. Extract it again."
+                    )
             if path.stat().st_size != shard["bytes"]:
                 raise ValueError(
                     f"{path} is damaged or from elsewhere: {path.stat().st_size} bytes, the manifest says "
@@ -134,7 +136,9 @@ class FeatureStore:
         """Features of one layer and timestep, memory-mapped."""
         provenance = self.provenance.select(layer, timestep)
         if not self.image_ids:
-            raise ValueError(f"The feature store {str(self.path)!r} holds no images yet. Run the extraction to its end.")
+            raise ValueError(
+                f"The feature store {str(self.path)!r} holds no images yet. Run the extraction to its end."
+            )
         blocks = [
             map_tensor(self.path / f"{shard['name']}.safetensors", tensor_name(layer, timestep))
             for shard in self.manifest["shards"]

@@ -95,20 +95,24 @@ class StoreWriter:
         """Data first, then the manifest that makes it count."""
         name = f"shard-{self.finished_shards:05d}"
         tensors = {tensor_name(*key): torch.cat(parts).contiguous() for key, parts in shard.features.items()}
-        index = pa.table({
-            "image_id": pa.array(shard.image_ids, pa.string()),
-            "source": pa.array(shard.sources, pa.string()),
-            "label": pa.array(shard.labels, pa.int64()),
-        })
+        index = pa.table(
+            {
+                "image_id": pa.array(shard.image_ids, pa.string()),
+                "source": pa.array(shard.sources, pa.string()),
+                "label": pa.array(shard.labels, pa.int64()),
+            }
+        )
         write_atomically(self.folder / f"{name}.parquet", lambda path: pq.write_table(index, path))
         data = self.folder / f"{name}.safetensors"
         write_atomically(data, lambda path: save_file(tensors, path))
-        self.manifest["shards"].append({
-            "name": name,
-            "rows": len(shard.image_ids),
-            "bytes": data.stat().st_size,
-            "skipped": shard.skipped,
-        })
+        self.manifest["shards"].append(
+            {
+                "name": name,
+                "rows": len(shard.image_ids),
+                "bytes": data.stat().st_size,
+                "skipped": shard.skipped,
+            }
+        )
         write_json(self.folder / MANIFEST, self.manifest)
 
     def finish(self) -> None:

@@ -17,12 +17,20 @@ from .push import push_folder
 
 METRICS_NAME = "metrics.json"
 # what transformers itself writes into or passes to a config, beside the dataclass fields
-_TRANSFORMERS_KEYS = frozenset({
-    *PreTrainedConfig().to_dict(),
-    *("_name_or_path", "name_or_path", "auto_map", "torch_dtype", "num_labels", "attn_implementation"),
-    *("_commit_hash", "_attn_implementation", "_attn_implementation_internal", "output_attentions", "transformers_weights"),
-    *("id2label", "label2id", "problem_type", "experts_implementation", "use_cache"),
-})
+_TRANSFORMERS_KEYS = frozenset(
+    {
+        *PreTrainedConfig().to_dict(),
+        *("_name_or_path", "name_or_path", "auto_map", "torch_dtype", "num_labels", "attn_implementation"),
+        *(
+            "_commit_hash",
+            "_attn_implementation",
+            "_attn_implementation_internal",
+            "output_attentions",
+            "transformers_weights",
+        ),
+        *("id2label", "label2id", "problem_type", "experts_implementation", "use_cache"),
+    }
+)
 
 
 def refuse_unknown_config_keys(config: PreTrainedConfig, extra: dict[str, Any]) -> None:

@@ -38,4 +38,6 @@ class DiffusionProbeConfig(ArtifactConfig):
         check_number("dropout", self.dropout, 0, 1)
         check_integer("init_seed", self.init_seed, 0)
         super().__post_init__(**kwargs)
-        check(self.num_labels is not None and self.num_labels >= 2, f"A probe needs ≥ 2 classes, got {self.num_labels}.")
+        check(
+            self.num_labels is not None and self.num_labels >= 2, f"A probe needs ≥ 2 classes, got {self.num_labels}."
+        )

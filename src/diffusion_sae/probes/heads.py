@@ -51,5 +51,7 @@ def as_feature_map(features: Tensor) -> Float[Tensor, "B C h w"]:
         return features
     side = round(features.shape[1] ** 0.5)
     if side * side != features.shape[1]:
-        raise ValueError(f"{features.shape[1]} tokens form no square grid; Diff-C needs whole activations, pooling='none'.")
+        raise ValueError(
+            f"{features.shape[1]} tokens form no square grid; Diff-C needs whole activations, pooling='none'."
+        )
     return features.transpose(1, 2).unflatten(2, (side, side))  # (B, T, C) -> (B, C, T) -> (B, C, h, w)

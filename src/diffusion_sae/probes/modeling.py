@@ -131,9 +131,13 @@ class DiffusionProbe(ArtifactModel):
         """What the model card says of this probe."""
         config = self.config
         name = repo_id.rsplit("/", 1)[-1]
-        where = "" if self.provenance is None else (
-            f" of `{', '.join(self.provenance.layers)}` of `{self.provenance.model}` at timestep "
-            f"{', '.join(map(str, self.provenance.timesteps))}"
+        where = (
+            ""
+            if self.provenance is None
+            else (
+                f" of `{', '.join(self.provenance.layers)}` of `{self.provenance.model}` at timestep "
+                f"{', '.join(map(str, self.provenance.timesteps))}"
+            )
         )
         return {
             "title": name,
@@ -145,6 +149,7 @@ class DiffusionProbe(ArtifactModel):
             "pipeline_tag": "image-classification",
             "tags": ["diffusion-probe"],
             "configuration": [
-                (k, getattr(config, k)) for k in ("d_in", "head", *(("width", "dropout") if config.head == "diff-c" else ()))
+                (k, getattr(config, k))
+                for k in ("d_in", "head", *(("width", "dropout") if config.head == "diff-c" else ()))
             ],
         }

@@ -143,12 +143,14 @@ class ProbeTrainer:
         labels = _labels(self.features)
         optimizer = torch.optim.AdamW(probe.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
         best = {name: value.clone() for name, value in probe.state_dict().items()}
-        state = torch.tensor([0.0, -1.0, math.inf, -1.0], dtype=torch.float64)  # epochs done; best accuracy, loss, epoch
-        extra = load_checkpoint(output_dir, probe, optimizer, self._run_name())
+        state = torch.tensor(
+            [0.0, -1.0, math.inf, -1.0], dtype=torch.float64
+        )  # epochs done; best accuracy, loss, epoch
+        logger = MetricsLogger(args.report_to, output_dir, args.to_dict())
+        extra = load_checkpoint(output_dir, probe, optimizer, run=self._run_name(), history=logger.history)
         if extra is not None:
             state = extra.pop("state")
             best = {name.removeprefix("best."): value for name, value in extra.items()}
-        logger = MetricsLogger(args.report_to, output_dir, args.to_dict())
         first = int(state[0])
         for epoch in tqdm(range(first, args.num_train_epochs), desc="probe", unit="epoch", disable=not progress):
             cosine = 0.5 * (1 + math.cos(math.pi * epoch / args.cosine_epochs))
@@ -162,7 +164,7 @@ class ProbeTrainer:
                 state[1:] = torch.tensor([metrics.accuracy, metrics.loss, epoch], dtype=torch.float64)
                 best = {name: value.clone() for name, value in probe.state_dict().items()}
             extra = {"state": state, **{f"best.{name}": value for name, value in best.items()}}
-            save_checkpoint(output_dir, probe, optimizer, extra, self._run_name())
+            save_checkpoint(output_dir, probe, optimizer, extra, run=self._run_name(), history=logger.history)
         logger.close()
         probe.load_state_dict(best)
         chosen = ProbeMetrics(state[1].item(), state[2].item(), len(self.validation[1]))
@@ -190,7 +192,9 @@ class ProbeTrainer:
     def _run_name(self) -> str:
         provenance = self.features.provenance
         config = self.probe.config
-        content: dict[str, Any] = {key: getattr(config, key) for key in ("d_in", "head", "width", "dropout", "init_seed")}
+        content: dict[str, Any] = {
+            key: getattr(config, key) for key in ("d_in", "head", "width", "dropout", "init_seed")
+        }
         content |= {key: value for key, value in self.args.to_dict().items() if key not in ("output_dir", "report_to")}
         content |= {"features": None if provenance is None else provenance.fingerprint, "rows": len(self.features)}
         return fingerprint_of(content)
@@ -199,7 +203,9 @@ class ProbeTrainer:
 def _labels(features: FeatureSet) -> Tensor:
     labels = features.labels
     if labels is None:
-        raise ValueError("A probe needs labels, and these features have none. Extract from class folders or labelled data.")
+        raise ValueError(
+            "A probe needs labels, and these features have none. Extract from class folders or labelled data."
+        )
     return labels
 
 
@@ -234,8 +240,9 @@ def _minimise(head: LinearHead, rows: Tensor, labels: Tensor, l2: float) -> floa
         loss.backward()
         return loss
 
-    loss = optimizer.step(closure)
+    optimizer.step(closure)
+    loss = closure().item()  # `step` returns the loss before the first update
     with torch.no_grad():
         head.classifier.weight.copy_(weight)
         head.classifier.bias.copy_(bias)
-    return float(loss)
+    return loss

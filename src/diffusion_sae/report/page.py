@@ -20,7 +20,17 @@ from PIL import Image
 
 from diffusion_sae._files import write_atomically
 
-__all__ = ["Baseline", "Example", "Figure", "LatentPanel", "LayerGrid", "PageData", "Prediction", "render_page", "write_page"]
+__all__ = [
+    "Baseline",
+    "Example",
+    "Figure",
+    "LatentPanel",
+    "LayerGrid",
+    "PageData",
+    "Prediction",
+    "render_page",
+    "write_page",
+]
 
 MAX_SIDE = 128  # pixels of an embedded image: twice the size it is shown at, for dense screens
 CRISP_SIDE = 64  # up to this size an image is enlarged pixel by pixel, as 28 × 28 digits are

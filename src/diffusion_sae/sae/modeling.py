@@ -198,9 +198,13 @@ class KSparseAutoencoder(ArtifactModel):
         """What the model card says of this SAE."""
         config = self.config
         name = repo_id.rsplit("/", 1)[-1]
-        where = "" if self.provenance is None else (
-            f" of `{', '.join(self.provenance.layers)}` of `{self.provenance.model}` at timestep "
-            f"{', '.join(map(str, self.provenance.timesteps))}"
+        where = (
+            ""
+            if self.provenance is None
+            else (
+                f" of `{', '.join(self.provenance.layers)}` of `{self.provenance.model}` at timestep "
+                f"{', '.join(map(str, self.provenance.timesteps))}"
+            )
         )
         return {
             "title": name,
@@ -213,5 +217,7 @@ class KSparseAutoencoder(ArtifactModel):
             "top_acts, top_indices = sae.encode(features)",
             "pipeline_tag": "image-feature-extraction",
             "tags": ["sparse-autoencoder", "interpretability"],
-            "configuration": [(k, getattr(config, k)) for k in ("d_in", "num_latents", "expansion_factor", "k", "encoder_init")],
+            "configuration": [
+                (k, getattr(config, k)) for k in ("d_in", "num_latents", "expansion_factor", "k", "encoder_init")
+            ],
         }

@@ -94,12 +94,20 @@ class SAETrainer:
     def _run_name(self) -> str:
         """Identifies what a checkpoint belongs to: settings, shape, data."""
         provenance = self.features.provenance
-        return fingerprint_of({
-            "args": {k: v for k, v in self.args.to_dict().items() if k not in ("output_dir", "logging_steps", "report_to")},
-            "config": {k: getattr(self.sae.config, k) for k in ("d_in", "num_latents", "k", "encoder_init", "init_seed")},
-            "features": None if provenance is None else provenance.fingerprint,
-            "rows": len(self.features),
-        })
+        return fingerprint_of(
+            {
+                "args": {
+                    k: v
+                    for k, v in self.args.to_dict().items()
+                    if k not in ("output_dir", "logging_steps", "report_to")
+                },
+                "config": {
+                    k: getattr(self.sae.config, k) for k in ("d_in", "num_latents", "k", "encoder_init", "init_seed")
+                },
+                "features": None if provenance is None else provenance.fingerprint,
+                "rows": len(self.features),
+            }
+        )
 
     def train(self, *, progress: bool = True) -> SAETrainingResult:
         """Train to the end, or on from the checkpoint in `output_dir`; save the finished SAE there.
@@ -112,17 +120,19 @@ class SAETrainer:
         device = sae.W_dec.device
         optimizer = torch.optim.Adam(sae.parameters(), lr=args.learning_rate)
         rows_since_active = torch.zeros(sae.config.num_latents, dtype=torch.long, device=device)
-        step = self._resume_or_begin(output_dir, optimizer, rows_since_active)
+        logger = MetricsLogger(args.report_to, output_dir, args.to_dict())
+        step = self._resume_or_begin(output_dir, optimizer, rows_since_active, logger.history)
         scheduler = get_scheduler(
             args.lr_scheduler_type, optimizer, min(args.warmup_steps, self.max_steps // 2), self.max_steps
         )
-        logger = MetricsLogger(args.report_to, output_dir, args.to_dict())
         started = time.perf_counter()
         sae.train()
         bar = tqdm(total=self.max_steps, initial=step, desc="train k-SAE", unit="step", disable=not progress)
         while step < self.max_steps:
             _set_step(scheduler, step)
-            batch = self.features[self.train_rows[step_rows(step, self.batch_size, len(self.train_rows), seed=args.seed)]]
+            batch = self.features[
+                self.train_rows[step_rows(step, self.batch_size, len(self.train_rows), seed=args.seed)]
+            ]
             loss, fvu = self._step(batch.to(device), optimizer, rows_since_active)
             step += 1
             bar.update()
@@ -134,13 +144,19 @@ class SAETrainer:
             if step % args.save_steps == 0 or step == self.max_steps:
                 require_finite_loss(loss.item(), step, output_dir, "Lower learning_rate, or check the features' scale.")
                 extra = {"step": torch.tensor(step), "rows_since_active": rows_since_active}
-                save_checkpoint(output_dir, sae, optimizer, extra, self._run_name())
+                save_checkpoint(output_dir, sae, optimizer, extra, run=self._run_name(), history=logger.history)
         bar.close()
         logger.close()
         return self._finish(output_dir, step, time.perf_counter() - started, logger.history)
 
-    def _resume_or_begin(self, output_dir: Path, optimizer: torch.optim.Optimizer, rows_since_active: Tensor) -> int:
-        extra = load_checkpoint(output_dir, self.sae, optimizer, self._run_name())
+    def _resume_or_begin(
+        self,
+        output_dir: Path,
+        optimizer: torch.optim.Optimizer,
+        rows_since_active: Tensor,
+        history: list[dict[str, float]],
+    ) -> int:
+        extra = load_checkpoint(output_dir, self.sae, optimizer, run=self._run_name(), history=history)
         if extra is not None:
             rows_since_active.copy_(extra["rows_since_active"])
             return int(extra["step"])
@@ -149,7 +165,9 @@ class SAETrainer:
             self.sae.normalize_decoder_()
         return 0
 
-    def _step(self, batch: Tensor, optimizer: torch.optim.Optimizer, rows_since_active: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(
+        self, batch: Tensor, optimizer: torch.optim.Optimizer, rows_since_active: Tensor
+    ) -> tuple[Tensor, Tensor]:
         sae, args = self.sae, self.args
         output = sae(batch, rows_since_active >= args.dead_after_rows, self.auxk, args.auxk_alpha)
         output.loss.backward()
@@ -167,7 +185,9 @@ class SAETrainer:
         """FVU, L0 and dead latents on the held-out rows."""
         return evaluate_sae(self.sae, FeatureSet.from_tensor(self.eval_features))
 
-    def _finish(self, output_dir: Path, steps: int, seconds: float, history: list[dict[str, float]]) -> SAETrainingResult:
+    def _finish(
+        self, output_dir: Path, steps: int, seconds: float, history: list[dict[str, float]]
+    ) -> SAETrainingResult:
         self.sae.eval()
         metrics = self.evaluate()
         self.sae.provenance = self.features.provenance
@@ -185,6 +205,9 @@ class SAETrainer:
 def _set_step(scheduler: torch.optim.lr_scheduler.LRScheduler, step: int) -> None:
     """Learning rate of a step from its number alone, so that a resumed run needs no scheduler state."""
     for group, base, factor in zip(
-        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True  # type: ignore[attr-defined]
+        scheduler.optimizer.param_groups,
+        scheduler.base_lrs,
+        scheduler.lr_lambdas,
+        strict=True,  # type: ignore[attr-defined]
     ):
         group["lr"] = base * factor(step + 1)

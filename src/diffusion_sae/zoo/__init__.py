@@ -1,5 +1,6 @@
 """What comes with the package: tiny trained models, images, and artifacts trained on them. Looked up before the Hub."""
 
+import re
 from pathlib import Path
 
 _ROOT = Path(__file__).parent
@@ -27,9 +28,22 @@ def embedded_path(name: str) -> Path | None:
 
 
 def resolve_source(name: str) -> str:
-    """What to load: the folder of an embedded name, else the name itself (a folder or a Hub id)."""
+    """What to load: the folder of an embedded name, else the name itself, a folder or a Hub id.
+
+    Raises:
+        FileNotFoundError: for what can be none of these.
+    """
+    if Path(name).is_dir():
+        return name
     folder = embedded_path(name)
-    return name if folder is None else str(folder)
+    if folder is not None:
+        return str(folder)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError(
+            f"{name!r} is no folder, no Hub id (owner/name) and no embedded name. Embedded models: "
+            f"{', '.join(embedded_models())}; embedded artifacts: {', '.join(embedded_artifacts())}."
+        )
+    return name
 
 
 def embedded_images(split: str) -> Path:
