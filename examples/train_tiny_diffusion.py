@@ -63,24 +63,26 @@ SCHEDULE = dict(
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 
 
-def load_fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, 32, 32) in [-1, 1], resized as the feature extractor resizes 28 × 28 images, and labels (N,)."""
+def read_fashion_mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 28, 28) and labels (N,) of an official split, from Debian's package or else from the Hub."""
     if DEBIAN_FOLDER.is_dir():
         prefix = {"train": "train", "test": "t10k"}[split]
-        raw = gzip.decompress((DEBIAN_FOLDER / f"{prefix}-images-idx3-ubyte.gz").read_bytes())
-        pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
-        labels = np.frombuffer(
-            gzip.decompress((DEBIAN_FOLDER / f"{prefix}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8
-        )
-    else:
-        from datasets import load_dataset
+        images = gzip.decompress((DEBIAN_FOLDER / f"{prefix}-images-idx3-ubyte.gz").read_bytes())
+        labels = gzip.decompress((DEBIAN_FOLDER / f"{prefix}-labels-idx1-ubyte.gz").read_bytes())
+        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28)
+        return pixels, np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)
+    from datasets import load_dataset
 
-        table = load_dataset("zalando-datasets/fashion_mnist", split=split)
-        pixels = np.stack([np.asarray(image) for image in table["image"]])
-        labels = np.asarray(table["label"])
+    table = load_dataset("zalando-datasets/fashion_mnist", split=split)
+    return np.stack([np.asarray(image) for image in table["image"]]), np.asarray(table["label"])
+
+
+def load_fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 32, 32) in [-1, 1], resized as the feature extractor resizes 28 × 28 images, and labels (N,)."""
+    pixels, labels = read_fashion_mnist(split)
     resized = np.stack([np.asarray(Image.fromarray(p).resize((32, 32), Image.Resampling.BICUBIC)) for p in pixels])
     images = torch.from_numpy(resized).float() / 127.5 - 1
-    return images[:, None].expand(-1, 3, -1, -1), torch.from_numpy(labels.astype(np.int64))
+    return images[:, None].expand(-1, 3, -1, -1), torch.from_numpy(labels)
 
 
 def step_generator(seed: int, *names: object) -> torch.Generator:

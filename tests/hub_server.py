@@ -1,8 +1,7 @@
 """A small Hugging Face Hub on 127.0.0.1, complete enough for the real `huggingface_hub` client (2.4).
 
-`with HubServer(folder) as hub:` start a process with HF_ENDPOINT=hub.endpoint, HF_TOKEN=hub.token, HF_HUB_DISABLE_XET=1.
-Served: the ROUTES, for models and datasets. Not served: spaces, pull requests, Xet, multipart uploads, paging, `expand`.
-Contents are files named by their sha256 under `folder`; repositories and commits live in memory.
+`with HubServer(folder) as hub:`, in a new process HF_ENDPOINT=hub.endpoint, HF_TOKEN=hub.token, HF_HUB_DISABLE_XET=1.
+Served: ROUTES, for models and datasets. Not served: spaces, pull requests, Xet, multipart uploads, pages, `expand`.
 """
 
 import base64
@@ -20,18 +19,17 @@ from urllib.parse import parse_qs, unquote, urlsplit
 Json = dict[str, Any]
 LFS_BYTES = 10_000_000  # a file of this size or more never travels inside a commit
 LFS_SUFFIX = r".*\.(7z|arrow|bin|ckpt|gz|h5|msgpack|np[yz]|onnx|parquet|pickle|pkl|pth?|safetensors|tar|zip)"
-BLOCK = 1 << 20  # bytes of a streamed body in memory at once
-CARD = {"tags": "", "library_name": "", "pipeline_tag": "", "license": "license:", "datasets": "dataset:"}
+CARD = {"tags": "", "language": "", "library_name": "", "pipeline_tag": ""}  # the keys read from a card → tag prefix
+CARD |= {"license": "license:", "datasets": "dataset:", "base_model": "base_model:"}
 REPO = "/api/(models|datasets)/([^/]+(?:/[^/]+)??)"
-ROUTES = [  # (method, path, what the caller must be allowed to do with the repository, method of Handler)
+ROUTES = [  # methods, path, the right that the caller needs to the repository, method of Handler
     ("GET", "/api/whoami-v2", "", "whoami"),
     ("POST", "/api/validate-yaml", "", "validate_yaml"),
     ("POST", "/api/repos/create", "", "create_repo"),
     ("GET", "/api/(models|datasets)", "", "list_repos"),
     ("GET", f"{REPO}/refs", "info", "list_refs"),
-    ("GET", f"{REPO}/tree/([^/]+)(?:/(.+))?", "files", "tree"),
+    ("GET POST", f"{REPO}/(?:tree|paths-info)/([^/]+)(?:/(.+))?", "files", "tree"),
     ("GET", f"{REPO}(?:/revision/([^/]+))?", "info", "info"),
-    ("POST", f"{REPO}/paths-info/([^/]+)", "files", "tree"),
     ("POST", f"{REPO}/preupload/([^/]+)", "write", "preupload"),
     ("POST", f"{REPO}/commit/([^/]+)", "write", "commit"),
     ("POST", f"{REPO}/(branch|tag)/([^/]+)", "write", "create_ref"),
@@ -41,8 +39,7 @@ ROUTES = [  # (method, path, what the caller must be allowed to do with the repo
 ]
 
 
-class HubError(Exception):
-    """An answer of 4xx: status, headers. The client chooses its exception by X-Error-Code."""
+class HubError(Exception): ...  # status and headers of an answer; the client chooses its exception by X-Error-Code
 
 
 def require(condition: object, status: int, message: str, code: str = "", **headers: str) -> None:
@@ -76,23 +73,22 @@ class Repo:
     def commit(self, branch: str, title: str, files: dict[str, Json]) -> str:
         before = self.at(branch).files if self.history else {}
         changed = {path: files.get(path) for path in before | files if files.get(path) != before.get(path)}
-        oid = hashlib.sha1(f"{self.id} {len(self.history)} {title} {files}".encode()).hexdigest()
+        self.refs["branch"][branch] = oid = hashlib.sha1(f"{self.id} {len(self.history)} {files}".encode()).hexdigest()
         self.history[oid] = Commit(oid, title, files, changed)
-        self.refs["branch"][branch] = oid
         return oid
 
 
 class HubServer(ThreadingHTTPServer):
-    """The server, with one user, "tester", whose `token` may also write to the organisations `orgs`."""
-
-    request_queue_size = 64
+    """Repositories and commits are in memory, the contents of files in `folder`, each named by its sha256."""
 
     def __init__(self, folder: str | Path, orgs: Iterable[str] = ("revelio",)) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.socket.listen(64)  # snapshot_download connects with many threads at once
         self.folder = Path(folder)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.requests: list[tuple[str, str]] = []  # (method, path without query), in order of arrival
         self.repos: dict[tuple[str, str], Repo] = {}  # (model | dataset, id) → repository
+        self.lock = threading.Lock()  # held during a commit
         self.token = "hf_token_of_tester"
         self.users: dict[str, tuple[str, ...]] = {self.token: ("tester", *orgs)}  # token → user, organisations
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -134,34 +130,28 @@ class HubServer(ThreadingHTTPServer):
         data = pointer if lfs else path.read_bytes()
         oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         entry = {"oid": oid, "blobId": oid, "sha256": sha256, "size": size, "etag": sha256 if lfs else oid}
-        pointed = {"oid": sha256, "sha256": sha256, "size": size, "pointerSize": len(pointer)}
-        return entry | {"lfs": pointed} if lfs else entry
+        return entry | ({"lfs": {**entry, "oid": sha256, "pointerSize": len(pointer)}} if lfs else {})
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The methods named in ROUTES are given the repository and the groups of the path; they return JSON to send."""
-
-    server: HubServer
+    server: HubServer  # pyright: ignore[reportIncompatibleVariableOverride]
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
     def dispatch(self) -> None:
         url, method = urlsplit(self.path), self.command.replace("HEAD", "GET")
         self.server.requests.append((self.command, url.path))
-        size = int(self.headers.get("Content-Length") or 0)
-        self.blocks = (self.rfile.read(min(BLOCK, size - start)) for start in range(0, size, BLOCK))
-        self.body = b"" if method == "PUT" else b"".join(self.blocks)
-        self.query, self.status = parse_qs(url.query), 200
+        size, step = int(self.headers.get("Content-Length") or 0), 1 << 20
+        self.blocks = (self.rfile.read(min(step, size - start)) for start in range(0, size, step))
+        self.query, self.body = parse_qs(url.query), b"" if url.path.startswith("/lfs/") else b"".join(self.blocks)
         try:
-            for verb, pattern, need, name in ROUTES:
-                if verb == method and (match := re.fullmatch(pattern, url.path)):
+            for methods, pattern, right, name in ROUTES:
+                if method in methods and (match := re.fullmatch(pattern, url.path)):
                     groups = [unquote(group or "") for group in match.groups()]
-                    arguments = [self.repo(need, *groups[:2]), *groups[2:]] if need else groups
-                    return getattr(self, name)(*arguments)
+                    return getattr(self, name)(*([self.repo(right, *groups[:2]), *groups[2:]] if right else groups))
             require(False, 404, f"The test Hub does not serve {method} {url.path}")
         except HubError as error:
-            status, headers = error.args
-            self.reply({"error": headers["X-Error-Message"]}, status, headers)
+            self.reply({"error": error.args[1]["X-Error-Message"]}, *error.args)
 
     do_HEAD = do_GET = do_POST = do_PUT = dispatch  # noqa: N815
 
@@ -173,23 +163,21 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in ({"Content-Length": len(body)} | (headers or {})).items():
             self.send_header(name, str(value))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(b"" if self.command == "HEAD" else body)
 
-    def names(self) -> tuple[str, ...]:
-        """The caller and their organisations, () without a token."""
+    def names(self) -> tuple[str, ...]:  # the caller and their organisations, () without a token
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         require(not token or token in self.server.users, 401, "Invalid credentials in Authorization header")
         return self.server.users.get(token, ())
 
-    def repo(self, need: str, kind: str, repo_id: str) -> Repo:
-        names, repo = self.names(), self.server.repos.get((kind.rstrip("s/") or "model", repo_id))
-        member, status = repo_id.split("/")[0] in names, 403 if names else 401
+    def repo(self, right: str, kind: str, repo_id: str) -> Repo:
+        key, names = (kind.rstrip("s/") or "model", repo_id), self.names()
+        repo, member = self.server.repos.get(key, Repo("", private=True)), repo_id.split("/")[0] in names
         message = "Repository not found" if names else "Invalid username or password."
-        if repo is None or (repo.private and not member):  # a stranger is not told which
-            raise HubError(404 if names else 401, {"X-Error-Message": message, "X-Error-Code": "RepoNotFound"})
-        require(member or need != "write", status, f"You don't have the rights to write to {repo_id}")
-        require(member or need != "files" or not repo.gated, status, f"Access to {repo_id} is restricted", "GatedRepo")
+        require(repo.id and (member or not repo.private), 404 if names else 401, message, "RepoNotFound")
+        status = 403 if names else 401
+        require(member or right != "write", status, f"You don't have the rights to write to {repo_id}")
+        require(member or right != "files" or not repo.gated, status, f"Access to {repo_id} is restricted", "GatedRepo")
         return repo
 
     def whoami(self) -> None:
@@ -213,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"url": url, "error": f"This {kind} exists" if exists else None}, 409 if exists else 200)
 
     def info(self, repo: Repo, revision: str) -> None:
-        self.reply(self.describe(repo, repo.at(revision or "main")))
+        self.reply(self.describe(repo, repo.at(revision or "main"), "blobs" in self.query))
 
     def list_repos(self, kind: str) -> None:
         names, tags = self.names(), {*self.query.get("filter", []), *self.query.get("pipeline_tag", [])}
@@ -221,17 +209,16 @@ class Handler(BaseHTTPRequestHandler):
         repos = [repo for (of_kind, _), repo in list(self.server.repos.items()) if f"{of_kind}s" == kind]
         found = [self.describe(repo, repo.at("main")) for repo in repos if search.lower() in repo.id.lower()]
         found = [info for info in found if author in ("", info["author"]) and tags <= {*info["tags"]}]
-        found = [info for info in found if not info["private"] or info["author"] in names]
-        self.reply(found[: int(limit or len(found))])
+        self.reply([info for info in found if not info["private"] or info["author"] in names][: int(limit or 1000)])
 
-    def describe(self, repo: Repo, commit: Commit) -> Json:
+    def describe(self, repo: Repo, commit: Commit, sizes: bool = False) -> Json:
         """What model_info shows. Of the card, the keys in CARD, as text: enough YAML for what the client writes."""
         readme = commit.files.get("README.md")
         text = (self.server.folder / readme["sha256"]).read_text("utf-8").split("\n---")[0] if readme else ""
         found = re.findall(rf"^({'|'.join(CARD)}): *(.*)((?:\n *- .*)*)", text, re.MULTILINE)
         card = {key: one.strip("'\"") or re.findall(r"- ['\"]?(.+?)['\"]?(?:\n|$)", many) for key, one, many in found}
         tags = [CARD[key] + tag for key, tags in card.items() for tag in ([tags] if isinstance(tags, str) else tags)]
-        files = [{"rfilename": path, **(entry if "blobs" in self.query else {})} for path, entry in commit.files.items()]
+        files = [{"rfilename": path, **(commit.files[path] if sizes else {})} for path in sorted(commit.files)]
         info = {"id": repo.id, "author": repo.id.split("/")[0], "sha": commit.oid, "tags": tags, "cardData": card}
         info |= {"private": repo.private, "gated": "auto" if repo.gated else False, "siblings": files}
         return info | {key: card.get(key) for key in ("pipeline_tag", "library_name")}
@@ -249,28 +236,25 @@ class Handler(BaseHTTPRequestHandler):
         repo.refs[kind][name] = repo.at(start).oid
         self.reply({})
 
-    def tree(self, repo: Repo, revision: str, folder: str = "") -> None:
-        """The entries of a folder, or (POST to paths-info) those asked for."""
+    def tree(self, repo: Repo, revision: str, folder: str) -> None:  # a POST is paths-info: the entries asked for
         commit, start, found = repo.at(revision), f"{folder}/" if folder else "", {}
         for path, entry in sorted(commit.files.items()):
             for parent in [str(parent) for parent in PurePosixPath(path).parents][-2::-1]:
                 found[parent] = {"type": "directory", "path": parent, "oid": hashlib.sha1(parent.encode()).hexdigest()}
             found[path] = {"type": "file", "path": path, **entry}
         asked = [path.rstrip("/") for path in parse_qs(self.body.decode()).get("paths", [])]
-        inside = [path for path in found if path.startswith(start)]
-        require(inside or not folder, 404, f"No folder {folder}", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
+        require(folder in ("", *found), 404, f"No folder {folder}", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
         deep = self.query.get("recursive") == ["true"]
-        shown = [path for path in inside if deep or "/" not in path.removeprefix(start)]
-        self.reply([found[path] for path in (shown if self.command == "GET" else asked) if path in found])
+        inside = [path for path in found if path.startswith(start) and (deep or "/" not in path.removeprefix(start))]
+        self.reply([found[path] for path in (inside if self.command == "GET" else asked) if path in found])
 
     def preupload(self, repo: Repo, revision: str) -> None:
-        """Large and binary files travel as LFS, and those of a known suffix."""
-        known, answers = repo.at(revision).files, []
+        known, answers = {path: entry["etag"] for path, entry in repo.at(revision).files.items()}, []
         for file in json.loads(self.body)["files"]:
-            lfs = file["size"] >= LFS_BYTES or re.fullmatch(LFS_SUFFIX, file["path"])
-            mode = "lfs" if lfs or b"\0" in base64.b64decode(file["sample"]) else "regular"
-            oid = known.get(file["path"], {}).get("etag")
-            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            path, size, sample = file["path"], file["size"], file["sample"]
+            lfs = size >= LFS_BYTES or re.fullmatch(LFS_SUFFIX, path) or b"\0" in base64.b64decode(sample)
+            mode = "lfs" if lfs else "regular"
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": known.get(path)})
         self.reply({"files": answers})
 
     def lfs_batch(self, repo: Repo) -> None:
@@ -283,34 +267,34 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"oid": self.server.store(self.blocks, announced=sha256)})
 
     def commit(self, repo: Repo, branch: str) -> None:
-        title, files = "", dict(repo.at(branch).files)
-        for line in self.body.splitlines():
-            key, value = json.loads(line).values()
-            path = value.get("path", "").rstrip("/")
-            if key == "header":
-                title, parent = value["summary"], value.get("parentCommit")
-                require(parent in (None, repo.at(branch).oid), 412, "A commit has happened since. Please refresh.")
-            elif key == "file":
-                files[path] = self.server.entry(self.server.store([base64.b64decode(value["content"])]))
-            elif key == "lfsFile":
-                files[path] = self.server.entry(value["oid"], lfs=True)
-            else:  # deletedFile or deletedFolder
-                kept = {name: entry for name, entry in files.items() if not f"{name}/".startswith(f"{path}/")}
-                require(len(kept) < len(files), 404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-                files = kept
-        oid = repo.commit(branch, title, files)
+        with self.server.lock:
+            title, head = "", repo.at(repo.refs["branch"].get(branch, f"branch {branch}"))
+            files = dict(head.files)
+            for key, value in (json.loads(line).values() for line in self.body.splitlines()):
+                path = value.get("path", "").rstrip("/")
+                if key == "header":
+                    title, same = value["summary"], value.get("parentCommit", head.oid) == head.oid
+                    require(same, 412, "A commit has happened since. Please refresh and try again.")
+                elif key == "file":
+                    files[path] = self.server.entry(self.server.store([base64.b64decode(value["content"])]))
+                elif key == "lfsFile":
+                    files[path] = self.server.entry(value["oid"], lfs=True)
+                else:  # deletedFile or deletedFolder
+                    gone = [name for name in files if f"{name}/".startswith(f"{path}/")]
+                    require(gone, 404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
+                    files = {name: entry for name, entry in files.items() if name not in gone}
+            oid = repo.commit(branch, title, files)
         self.reply({"commitOid": oid, "commitUrl": f"{self.server.endpoint}/{repo.id}/commit/{oid}"})
 
     def resolve(self, repo: Repo, revision: str, path: str) -> None:
         commit, asked = repo.at(revision), re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        headers: Json = {"X-Repo-Commit": commit.oid}
-        require(path in commit.files, 404, "Entry not found", "EntryNotFound", **headers)
-        size = commit.files[path]["size"]
+        require(path in commit.files, 404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
+        entry, size = commit.files[path], commit.files[path]["size"]
         first, end = (int(asked[1]), min(int(asked[2] or size), size - 1) + 1) if asked else (0, size)
         require(first < end or not asked, 416, "Range Not Satisfiable")
-        headers |= {"ETag": f'"{commit.files[path]["etag"]}"', "Content-Length": end - first, "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{entry["etag"]}"', "Content-Length": end - first}
         headers |= {"Content-Range": f"bytes {first}-{end - 1}/{size}"} if asked else {}
         self.reply(b"", 206 if asked else 200, headers)
         if self.command == "GET" and size:
-            with (self.server.folder / commit.files[path]["sha256"]).open("rb") as file:
+            with (self.server.folder / entry["sha256"]).open("rb") as file:
                 self.connection.sendfile(file, first, end - first)

@@ -1,8 +1,11 @@
-"""What both trainers need: row orders that depend on (seed, epoch), one-file checkpoints, a log, a loss that must be finite."""
+"""What both trainers need: row orders and splits that depend on a seed alone, one-file checkpoints, a log."""
 
+import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._config import check_choice
-from ._files import write_atomically
+from ._files import fingerprint_of, write_atomically
+from .features import FeatureSet
 
 CHECKPOINT = "checkpoint.safetensors"
 REPORT_TO = ("none", "trackio", "tensorboard", "wandb")
@@ -23,6 +27,7 @@ class TrainingDivergedError(RuntimeError):
     """The loss stopped being a number; the last checkpoint is kept."""
 
 
+@lru_cache(maxsize=2)  # every step of an epoch asks for it; 10 million rows take a second to permute
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
     """A permutation of the rows that depends on (seed, epoch) alone."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -33,6 +38,39 @@ def step_rows(step: int, batch_size: int, count: int, *, seed: int) -> Tensor:
     per_epoch = max(1, count // batch_size)
     order = epoch_order(count, seed=seed, epoch=step // per_epoch)
     return order[(step % per_epoch) * batch_size :][:batch_size]
+
+
+def hold_out_images(features: FeatureSet, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """(training rows, held-out rows). Whole images are held out: the positions of one are alike.
+
+    Raises:
+        ValueError: if no image would be left to train on.
+    """
+    if count >= features.num_images:
+        raise ValueError(
+            f"{features.num_images} images are too few to hold out {count} of them. Give more images, or give the "
+            "held-out features yourself."
+        )
+    held = torch.zeros(features.num_images, dtype=torch.bool)
+    held[epoch_order(features.num_images, seed=seed, epoch=-1)[:count]] = True
+    of_row = held[features.image_index]
+    return torch.nonzero(~of_row).flatten(), torch.nonzero(of_row).flatten()
+
+
+def data_fingerprint(features: FeatureSet) -> str:
+    """Hash that tells one set of features from another: extraction, number of rows, labels, 64 rows spread over all."""
+    spread = torch.arange(64) * (len(features) - 1) // 63
+    content = hashlib.sha256(features[spread].numpy().tobytes())
+    if features.image_labels is not None:
+        content.update(features.image_labels.numpy().tobytes())
+    provenance = features.provenance
+    return fingerprint_of(
+        {
+            "extraction": None if provenance is None else provenance.fingerprint,
+            "rows": len(features),
+            "content": content.hexdigest(),
+        }
+    )
 
 
 def save_checkpoint(
@@ -62,6 +100,8 @@ def load_checkpoint(
     Raises:
         ValueError: if the checkpoint belongs to a run with other settings or other features.
     """
+    for leftover in folder.glob(f".{CHECKPOINT}.*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink()
     path = folder / CHECKPOINT
     if not path.exists():
         return None
@@ -83,11 +123,15 @@ def load_checkpoint(
     return {name[6:]: value for name, value in tensors.items() if name.startswith("extra.")}
 
 
-def require_finite_loss(loss: float, step: int, output_dir: Path, advice: str) -> None:
-    if not torch.isfinite(torch.tensor(loss)):
-        raise TrainingDivergedError(
-            f"The loss became {loss} at step {step}. {advice} The last good checkpoint is in {output_dir}."
-        )
+def require_finite_loss(loss: float, step: int, output_dir: Path, advice: str, model: nn.Module | None = None) -> None:
+    """Raise if the loss is no number, or a weight of `model`: the loss of the step before does not show it yet."""
+    weights_finite = model is None or all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    if math.isfinite(loss) and weights_finite:
+        return
+    became = f"The loss became {loss}" if weights_finite else "The weights became NaN or infinite"
+    checkpoint = output_dir / CHECKPOINT
+    kept = f"The last good checkpoint is kept: {checkpoint}." if checkpoint.exists() else "There is no checkpoint yet."
+    raise TrainingDivergedError(f"{became} at step {step}. {advice} {kept}")
 
 
 class MetricsLogger:

@@ -50,6 +50,8 @@ class ExtractorConfig(JsonConfig):
             object.__setattr__(self, name, (value,) if isinstance(value, str | int) else tuple(value))
         check(bool(self.model) and isinstance(self.model, str), f"model must name a pipeline, got {self.model!r}.")
         check(len(self.layers) > 0, "layers must name at least one layer, got none.")
+        for layer in self.layers:
+            check(bool(layer) and isinstance(layer, str), f"layer must be a name, got {layer!r}.")
         check(len(self.timesteps) > 0, "timesteps must hold at least one timestep, got none.")
         for t in self.timesteps:
             check_integer("timestep", t, 0, NUM_TRAIN_TIMESTEPS - 1)

@@ -1,7 +1,8 @@
 """A diffusers pipeline as something that turns images into activations.
 
-What a family's denoiser wants beside the noisy latents (text states, class labels, added conditions) is learned from the
-pipeline itself: its own `__call__` is run up to the denoiser, whose arguments are kept and replayed with our latents.
+What a family's denoiser wants beside the noisy latents (text states, class labels, added conditions) is learned from
+the pipeline itself: its own `__call__` is run up to the denoiser, whose arguments are kept and replayed with our
+latents.
 """
 
 import copy
@@ -14,9 +15,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .._files import fingerprint_of
 from .hooks import catch_call, run_until_captured
-from .layers import LayerInfo, canonical_layers, family_of, resolve_layer
+from .layers import LayerInfo, canonical_layers, describe_layers, resolve_layer
 from .noise import add_noise, noise_batch
+
+# what the ᾱ_t of a variance-preserving scheduler are made from, whatever its class
+SCHEDULE_SETTINGS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
 
 
 class DiffusionBackbone:
@@ -62,9 +74,11 @@ class DiffusionBackbone:
 
     def _call_arguments(self, prompt: str) -> dict[str, Any]:
         parameters = inspect.signature(self.pipeline.__call__).parameters
-        arguments: dict[str, Any] = dict(
-            guidance_scale=1.0, num_inference_steps=2, generator=torch.Generator().manual_seed(0)
-        )
+        arguments: dict[str, Any] = {
+            "guidance_scale": 1.0,
+            "num_inference_steps": 2,
+            "generator": torch.Generator().manual_seed(0),
+        }
         if "class_labels" in parameters:
             return arguments | {"class_labels": [self._class_label(prompt)]}
         size = {"height": self.image_size, "width": self.image_size} if "height" in parameters else {}
@@ -147,14 +161,9 @@ class DiffusionBackbone:
         side = self.image_size // self.vae_stride
         sample = torch.empty(1, self.denoiser.config.in_channels, side, side, device="meta", dtype=self.dtype)
         conditioning = self.conditioning_on(torch.device("meta"))
-        shapes = run_until_captured(shadow, module_paths, lambda: self._forward(shadow, sample, 0, conditioning))
-        family = family_of(self.denoiser)
-        infos = []
-        for name, path in module_paths.items():
-            shape = shapes[name].shape
-            channels, positions = (shape[1], shape[3]) if len(shape) == 4 else (shape[-1], round(shape[1] ** 0.5))
-            infos.append(LayerInfo(name, path, channels, self.image_size // positions, family))
-        return infos
+        return describe_layers(
+            shadow, module_paths, lambda: self._forward(shadow, sample, 0, conditioning), self.image_size
+        )
 
     def available_layers(self) -> list[LayerInfo]:
         return self.describe_layers(canonical_layers(self.denoiser))
@@ -163,8 +172,13 @@ class DiffusionBackbone:
         return {layer: resolve_layer(self.denoiser, layer) for layer in layers}
 
     def weights_hash(self) -> str:
-        """16 hex digits of a SHA-256 over the tensors of every network that takes part, by name and content."""
-        digest = hashlib.sha256()
+        """16 hex digits of a SHA-256 over the tensors of every network that takes part, by name and content.
+
+        With them the noise schedule and the scale of the latents, which decide the numbers as the weights do.
+        """
+        scales = {key: self.vae.config.get(key) for key in ("scaling_factor", "shift_factor")}
+        schedule = {key: self.pipeline.scheduler.config.get(key) for key in SCHEDULE_SETTINGS}
+        digest = hashlib.sha256(fingerprint_of(scales | schedule).encode())
         for component in ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
             module = getattr(self.pipeline, component, None)
             if not isinstance(module, nn.Module):

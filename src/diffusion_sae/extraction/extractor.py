@@ -16,7 +16,7 @@ from ..features import FeatureStore, Shard, StoreWriter
 from ..hub.push import push_folder
 from ..provenance import ExtractorConfig, Provenance, ProvenanceMismatchError
 from .backbone import DiffusionBackbone
-from .images import ImageError, image_id, preprocess, to_pixel_values
+from .images import ImageError, image_id, to_pixel_value, to_pixel_values
 from .layers import LayerInfo
 from .loading import find_artifact, load_pipeline
 from .sources import ImageSource, open_images
@@ -25,7 +25,10 @@ VERSIONED = ("diffusion-sae", "torch", "diffusers", "transformers", "pillow")
 
 
 class ExtractedFeatures(Mapping[tuple[str, int], Tensor]):
-    """Features by (layer, timestep): (B, C) for mean and max, (B, T, C) for tokens, (B, C, h, w) or (B, T, C) for none."""
+    """Features by (layer, timestep).
+
+    (B, C) for mean and max, (B, T, C) for tokens, (B, C, h, w) or (B, T, C) for none.
+    """
 
     def __init__(self, features: dict[tuple[str, int], Tensor], image_ids: list[str]) -> None:
         self._features = features
@@ -218,9 +221,12 @@ class DiffusionFeatureExtractor:
             output_dir,
             self.provenance,
             source_names=source.names,
+            labels=source.labels,
             class_names=source.class_names,
             shard_size=shard_size,
         )
+        if writer.finished_shards:
+            self._require_same_images(source, FeatureStore(output_dir))
         from tqdm.auto import tqdm
 
         done = min(writer.finished_shards * shard_size, len(source))
@@ -239,11 +245,23 @@ class DiffusionFeatureExtractor:
             raise ImageError(f"None of the {len(source)} images could be read; {output_dir} holds the reasons.")
         return store
 
+    def _require_same_images(self, source: ImageSource, store: FeatureStore, checked: int = 32) -> None:
+        """Some stored images are read again: rows and numbered images have the same names in every data set."""
+        row_of = {name: row for row, name in enumerate(source.names)}
+        for i in torch.linspace(0, len(store) - 1, min(len(store), checked)).long().tolist():
+            name = store.sources[i]
+            now = to_pixel_value(source.read(row_of[name]), self.backbone.image_size, name)
+            if image_id(now) != store.image_ids[i]:
+                raise ValueError(
+                    f"The feature store in {str(store.path)!r} was begun with other images: {name!r} is another one. "
+                    "Give the same data to go on with it, or another folder to begin a new store."
+                )
+
     def _extract_rows(self, source: ImageSource, rows: range, shard: Shard, *, skip_broken: bool) -> None:
         kept, pixel_values = [], []
         for row in rows:
             try:
-                pixel_values.append(preprocess(source.read(row), self.backbone.image_size))
+                pixel_values.append(to_pixel_value(source.read(row), self.backbone.image_size, source.names[row]))
                 kept.append(row)
             except ImageError as error:
                 if not skip_broken:
@@ -259,7 +277,7 @@ class DiffusionFeatureExtractor:
         self.provenance.save(require_writable_folder(folder))
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> str:
-        """Save to a Hub repository in one commit; `private`, `token`, `revision`, `commit_message` as in transformers."""
+        """Save to the Hub in one commit; `private`, `token`, `revision`, `commit_message` as in transformers."""
         return push_folder(repo_id, self._write_artifact, **hub)
 
     def _write_artifact(self, folder: Path, repo_id: str) -> None:

@@ -26,7 +26,13 @@ def run_until_captured(
 
     def make_hook(layer: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            captured.setdefault(layer, activation_of(output))
+            activations = activation_of(output)
+            if activations.ndim not in (3, 4):
+                raise ValueError(
+                    f"Layer {layer} puts out the shape {tuple(activations.shape)}. Features come from layers that put "
+                    "out (B, C, h, w) or (B, T, C); choose such a one, for instance of available_layers()."
+                )
+            captured.setdefault(layer, activations)
             if len(captured) == len(module_paths):
                 raise _ForwardStopped
 

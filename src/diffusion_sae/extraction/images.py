@@ -25,6 +25,8 @@ class ImageError(ValueError):
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, 8 bits a channel: transparency is laid on white, 16-bit and float grey are scaled to 8 bits."""
+    if 0 in image.size:
+        raise ImageError(f"it has no pixels, its size is {image.width} × {image.height}")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":
         grey = np.asarray(image).astype(np.float64) / 257.0  # 65535 → 255
@@ -41,11 +43,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def load_image(source: Any, name: str | None = None) -> Image.Image:
-    """One image, fully decoded, as RGB. Raises ImageError naming the file for what is broken or no image."""
+    """One image, fully decoded, as RGB. Raises ImageError for what is broken or no image, naming its file or `name`."""
     if isinstance(source, dict) and {"bytes", "path"} & set(source):
-        name = name or source.get("path")
+        name = source.get("path") or name
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
-    label = name or (str(source) if isinstance(source, str | Path) else "the given image")
+    label = str(source) if isinstance(source, str | Path) else name or "the given image"
     try:
         if isinstance(source, Image.Image):
             return to_rgb(source)
@@ -68,16 +70,18 @@ def load_image(source: Any, name: str | None = None) -> Image.Image:
     ):
         return to_rgb(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
     shape = f" of shape {tuple(source.shape)} and type {source.dtype}" if hasattr(source, "shape") else ""
-    raise ImageError(f"An image cannot be a {type(source).__name__}{shape}. Allowed: {ACCEPTED}.")
+    raise ImageError(
+        f"Cannot read the image {label!r}: an image cannot be a {type(source).__name__}{shape}. Allowed: {ACCEPTED}."
+    )
 
 
 def preprocess(image: Image.Image, size: int) -> Float[Tensor, "3 size size"]:
     """Shorter side to `size` (bicubic), centre crop, values in [-1, 1]."""
     if image.size != (size, size):
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        # resampled within the crop alone: a strip of 1 × 10,000 pixels would not fit into memory otherwise
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     pixels = torch.from_numpy(np.asarray(image, dtype=np.uint8).copy())
     return pixels.permute(2, 0, 1).float() / 127.5 - 1  # (H, W, 3) -> (3, H, W)
 
@@ -96,7 +100,8 @@ def check_pixel_values(pixel_values: Tensor, size: int | None = None) -> Float[T
     """A batch of `pixel_values`, with an added batch dimension if need be; refuses other shapes and ranges."""
     batch = pixel_values[None] if pixel_values.ndim == 3 else pixel_values
     expected = "(B, 3, H, W)" if size is None else f"(B, 3, {size}, {size})"
-    if batch.ndim != 4 or batch.shape[1] != 3 or (size is not None and batch.shape[2:] != (size, size)):
+    wrong_size = size is not None and batch.shape[2:] != (size, size)
+    if batch.ndim != 4 or batch.shape[1] != 3 or batch.numel() == 0 or wrong_size:
         raise ImageError(f"pixel_values must have the shape {expected}, got {tuple(pixel_values.shape)}.")
     if not batch.is_floating_point():
         raise ImageError(f"pixel_values must be floating point in [-1, 1], got {batch.dtype}. Scale: x / 127.5 - 1.")
@@ -106,6 +111,18 @@ def check_pixel_values(pixel_values: Tensor, size: int | None = None) -> Float[T
     if low < -1.001 or high > 1.001:
         raise ImageError(f"pixel_values must lie in [-1, 1], got values from {low:.3g} to {high:.3g}.")
     return batch
+
+
+def to_pixel_value(source: Any, size: int, name: str | None = None) -> Float[Tensor, "3 size size"]:
+    """One image of a list, preprocessed; a tensor must be so already. Errors call it by its file or `name`."""
+    if not isinstance(source, Tensor):
+        return preprocess(load_image(source, name), size)
+    if source.ndim != 3:
+        raise ImageError(f"Image {name!r} of a list must have shape (3, {size}, {size}), got {tuple(source.shape)}.")
+    try:
+        return check_pixel_values(source, size)[0]
+    except ImageError as error:
+        raise ImageError(f"Cannot use the image {name!r}: {error}") from error
 
 
 def to_pixel_values(images: Any, size: int) -> Float[Tensor, "B 3 size size"]:
@@ -118,6 +135,5 @@ def to_pixel_values(images: Any, size: int) -> Float[Tensor, "B 3 size size"]:
     sources: Sequence[Any] = [images] if single else list(images)
     if not sources:
         raise ImageError(f"Got no images: an empty {type(images).__name__}. Give {ACCEPTED}.")
-    return torch.stack(
-        [check_pixel_values(s, size)[0] if isinstance(s, Tensor) else preprocess(load_image(s), size) for s in sources]
-    )
+    names = [None] if single else [str(i) for i in range(len(sources))]
+    return torch.stack([to_pixel_value(s, size, name) for s, name in zip(sources, names, strict=True)])

@@ -2,9 +2,12 @@
 
 import difflib
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+
+from .hooks import run_until_captured
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,16 @@ def resolve_layer(denoiser: nn.Module, name: str) -> str:
         f"{type(denoiser).__name__} has no layer {name!r}.{hint} Layers: {', '.join(known)}; or any dotted module path "
         f"such as {max(paths, key=len)!r}."
     )
+
+
+def describe_layers(
+    denoiser: nn.Module, module_paths: Mapping[str, str], forward: Callable[[], object], image_size: int
+) -> list[LayerInfo]:
+    """Widths and strides, read off what the layers put out in `forward`; the denoiser may be on the meta device."""
+    shapes = {name: out.shape for name, out in run_until_captured(denoiser, module_paths, forward).items()}
+    infos = []
+    for name, path in module_paths.items():
+        shape = shapes[name]  # (B, C, h, w) or (B, T, C) with T positions of a square grid
+        channels, positions = (shape[1], shape[3]) if len(shape) == 4 else (shape[2], round(shape[1] ** 0.5))
+        infos.append(LayerInfo(name, path, channels, image_size // positions, family_of(denoiser)))
+    return infos

@@ -30,7 +30,7 @@ def find_artifact(name: str, *, subfolder: str = "", **hub: Any) -> Provenance |
 
 
 def load_pipeline(config: ExtractorConfig, *, device: str | torch.device | None = None, **hub: Any) -> Any:
-    """The diffusers pipeline of a config in its dtype, from safetensors alone; parts that do not matter are left out."""
+    """The diffusers pipeline of a config in its dtype, from safetensors alone, without the parts that do not matter."""
     from diffusers import DiffusionPipeline
 
     source = resolve_source(config.model)

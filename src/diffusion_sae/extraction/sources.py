@@ -1,13 +1,17 @@
 """Data sets of images: a folder, Parquet, a `datasets` name, a Dataset, or a list, seen as one kind of sequence."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..zoo import IMAGES, embedded_images
 from .images import IMAGE_SUFFIXES, load_image
 
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # of a data set: mnist, ylecun/mnist
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 
 
@@ -18,7 +22,7 @@ class ImageSource:
     names: list[str]
     """What each image is called in messages and in the store: its path, or its row number."""
     read: Callable[[int], Any]
-    """An image as RGB; raises ImageError for a broken one."""
+    """An image as RGB, or a tensor (3, H, W) if the data are tensors; raises ImageError for a broken one."""
     labels: list[int | None]
     class_names: list[str] | None
 
@@ -80,8 +84,7 @@ def from_dataset(table: Any, name: str) -> ImageSource:
     encoded = table.cast_column(column, Image(decode=False))
 
     def read(i: int) -> Any:
-        row = encoded[i][column]
-        return load_image(row, row.get("path") or f"row {i} of {name}")
+        return load_image(encoded[i][column], f"row {i} of {name}")
 
     return ImageSource([str(i) for i in range(len(table))], read, labels, class_names)
 
@@ -94,10 +97,15 @@ def _load_named(name: str, split: str) -> Any:
     path = Path(name)
     if path.suffix == ".parquet" and path.is_file():
         return Dataset.from_parquet(name)
-    if path.exists() or path.suffix == ".parquet":
+    is_file_name = path.suffix.lower() in {".parquet", *IMAGE_SUFFIXES} or not HUB_ID.fullmatch(name)
+    if path.exists() or is_file_name:
         reason = "is no Parquet file" if path.exists() else "does not exist"
         raise ValueError(f"{name} {reason}. Give a folder of images, a Parquet file, or a `datasets` name.")
     return load_dataset(name, split=split)
+
+
+def _list_item(item: Any, name: str) -> Any:
+    return item if isinstance(item, Tensor) else load_image(item, name)
 
 
 def open_images(data: Any, split: str = "train") -> ImageSource:
@@ -121,7 +129,7 @@ def open_images(data: Any, split: str = "train") -> ImageSource:
         source = from_dataset(data, "the data set")
     elif isinstance(data, Sequence):
         names = [str(item) if isinstance(item, str | Path) else str(i) for i, item in enumerate(data)]
-        source = ImageSource(names, lambda i: load_image(data[i]), [None] * len(data), None)
+        source = ImageSource(names, lambda i: _list_item(data[i], names[i]), [None] * len(data), None)
     else:
         raise TypeError(
             f"Images cannot come from a {type(data).__name__}. Allowed: a folder, a Parquet file, a `datasets` name, a "

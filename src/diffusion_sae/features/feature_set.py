@@ -67,8 +67,12 @@ class FeatureSet:
         return self.row_shape[-1] if len(self.row_shape) == 2 else self.row_shape[0]
 
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Float[Tensor, "n ..."]:
-        """The given rows in fp32, in the given order."""
-        index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows)
+        """The given rows in fp32, in the given order; also a slice, or a mask of all rows."""
+        is_mask = isinstance(rows, Tensor) and rows.dtype == torch.bool
+        if isinstance(rows, slice) or is_mask:
+            index = torch.arange(len(self))[rows]
+        else:
+            index = torch.as_tensor(rows, dtype=torch.long)
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(self)):
             raise IndexError(f"Rows must lie in 0…{len(self) - 1}, got {int(index.min())}…{int(index.max())}.")
         if len(self._blocks) == 1:

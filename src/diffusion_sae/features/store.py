@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..provenance import Provenance
 from .feature_set import FeatureSet
 
 MANIFEST = "manifest.json"
+METADATA = "__metadata__"  # safetensors' name
 FORMAT_VERSION = 1
 # safetensors' names; bf16 has no numpy type and is mapped as int16
 _TYPES = {"F32": (np.float32, torch.float32), "F16": (np.float16, torch.float16), "BF16": (np.int16, torch.bfloat16)}
@@ -32,17 +34,24 @@ def tensor_name(layer: str, timestep: int) -> str:
     return f"{layer}@{timestep}"
 
 
+def shard_mark(name: str, provenance: Provenance, data_fingerprint: str) -> str:
+    """What a shard's file says about itself, so that one from another place or store is found out."""
+    return f"{name} of {provenance.fingerprint} over {data_fingerprint}"
+
+
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Header of a safetensors file and the offset of its data; raises if the file is shorter than the header says."""
+    """Header of a safetensors file and the offset of its data; raises if the file is not as long as the header says."""
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         size = path.stat().st_size
         if not 0 < length <= size - 8:
             raise ValueError(f"{path} is no complete safetensors file ({size} bytes).")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: its header is not valid JSON ({error}).") from error
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != METADATA), default=0)
     if size != 8 + length + end:
         raise ValueError(f"{path} is damaged: it has {size} bytes, its header announces {8 + length + end}.")
     return header, 8 + length
@@ -78,7 +87,7 @@ class FeatureStore:
         self.provenance = Provenance.from_dict(self.manifest["provenance"])
         self.class_names: list[str] | None = self.manifest["class_names"]
         self._check_shards()
-        index = [pq.read_table(self.path / f"{shard['name']}.parquet") for shard in self.manifest["shards"]]
+        index = [self._read_index(shard) for shard in self.manifest["shards"]]
         self.image_ids: list[str] = [i for table in index for i in table["image_id"].to_pylist()]
         self.sources: list[str] = [s for table in index for s in table["source"].to_pylist()]
         labels = [label for table in index for label in table["label"].to_pylist()]
@@ -99,12 +108,28 @@ class FeatureStore:
                     f"{shard['bytes']}. Remove the store and extract it again."
                 )
             header, _ = read_header(path)
-            foreign = set(header) != (expected if shard["rows"] else set())
+            mark = header.pop(METADATA, {}).get("shard")
+            expected_mark = shard_mark(shard["name"], self.provenance, self.manifest["data_fingerprint"])
+            foreign = mark != expected_mark or set(header) != (expected if shard["rows"] else set())
             if foreign or any(entry["shape"][0] != shard["rows"] for entry in header.values()):
                 raise ValueError(
-                    f"{path} is from another store: it holds {sorted(header)}, the manifest says {sorted(expected)} with "
-                    f"{shard['rows']} rows. Remove the store and extract it again."
+                    f"{path} is from another store: it holds {sorted(header)} of shard {mark}, the manifest says "
+                    f"{sorted(expected)} with {shard['rows']} rows of shard {expected_mark}. "
+                    "Remove the store and extract it again."
                 )
+
+    def _read_index(self, shard: dict[str, Any]) -> pa.Table:
+        path = self.path / f"{shard['name']}.parquet"
+        try:
+            table = pq.read_table(path, columns=["image_id", "source", "label"])
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Remove the store and extract it again.") from error
+        if len(table) != shard["rows"]:
+            raise ValueError(
+                f"{path} is from another store: it has {len(table)} rows, the manifest says {shard['rows']}. "
+                "Remove the store and extract it again."
+            )
+        return table
 
     @property
     def layers(self) -> tuple[str, ...]:

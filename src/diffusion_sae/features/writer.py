@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .._files import fingerprint_of, read_json, require_writable_folder, write_atomically, write_json
+from .._files import fingerprint_of, require_writable_folder, write_atomically, write_json
 from ..provenance import Provenance, require_same_provenance
-from .store import FORMAT_VERSION, MANIFEST, tensor_name
+from .store import FORMAT_VERSION, MANIFEST, FeatureStore, shard_mark, tensor_name
 
 
 @dataclass
@@ -55,12 +55,18 @@ class StoreWriter:
         provenance: Provenance,
         *,
         source_names: Sequence[str],
+        labels: Sequence[int | None],
         class_names: Sequence[str] | None,
         shard_size: int,
     ) -> None:
         self.folder = require_writable_folder(folder)
         self.provenance = provenance
-        data = {"names": list(source_names), "classes": list(class_names or ()), "shard_size": shard_size}
+        data = {
+            "names": list(source_names),
+            "labels": list(labels),
+            "classes": list(class_names or ()),
+            "shard_size": shard_size,
+        }
         self.manifest = {
             "format_version": FORMAT_VERSION,
             "provenance": provenance.to_dict(),
@@ -69,23 +75,23 @@ class StoreWriter:
             "complete": False,
             "shards": [],
         }
-        for leftover in self.folder.glob(".*.tmp"):  # of a killed run
-            leftover.unlink()
         path = self.folder / MANIFEST
         if path.exists():
-            self._continue(read_json(path))
+            self._continue(FeatureStore(self.folder))  # finds damaged shards before the work starts
         else:
             write_json(path, self.manifest)
+        for leftover in [*self.folder.glob(".shard-*.tmp"), *self.folder.glob(f".{MANIFEST}.*.tmp")]:  # of a killed run
+            leftover.unlink()
 
-    def _continue(self, existing: dict) -> None:
+    def _continue(self, existing: FeatureStore) -> None:
         what = f"The feature store in {str(self.folder)!r}"
-        require_same_provenance(Provenance.from_dict(existing["provenance"]), self.provenance, what)
-        if existing["data_fingerprint"] != self.manifest["data_fingerprint"]:
+        require_same_provenance(existing.provenance, self.provenance, what)
+        if existing.manifest["data_fingerprint"] != self.manifest["data_fingerprint"]:
             raise ValueError(
-                f"{what} was begun with other images, class names or shard size. "
+                f"{what} was begun with other images, labels, class names or shard size. "
                 "Give the same data to go on with it, or another folder to begin a new store."
             )
-        self.manifest = existing
+        self.manifest = existing.manifest
 
     @property
     def finished_shards(self) -> int:
@@ -104,7 +110,8 @@ class StoreWriter:
         )
         write_atomically(self.folder / f"{name}.parquet", lambda path: pq.write_table(index, path))
         data = self.folder / f"{name}.safetensors"
-        write_atomically(data, lambda path: save_file(tensors, path))
+        mark = shard_mark(name, self.provenance, self.manifest["data_fingerprint"])
+        write_atomically(data, lambda path: save_file(tensors, path, metadata={"shard": mark}))
         self.manifest["shards"].append(
             {
                 "name": name,

@@ -1,6 +1,7 @@
 """What SAEs and probes share: a config that refuses what it does not know, and a model that loads strictly."""
 
 import dataclasses
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,11 @@ from .card import write_artifact_card
 from .push import push_folder
 
 METRICS_NAME = "metrics.json"
+# what one save may write and the next not: shards, and the records of a trained artifact
+_OPTIONAL_FILES = (
+    *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
+    *(METRICS_NAME, EXTRACTOR_CONFIG_NAME, "preprocessor_config.json"),
+)
 # what transformers itself writes into or passes to a config, beside the dataclass fields
 _TRANSFORMERS_KEYS = frozenset(
     {
@@ -43,20 +49,24 @@ def refuse_unknown_config_keys(config: PreTrainedConfig, extra: dict[str, Any]) 
 class ArtifactConfig(PreTrainedConfig):
     """Config of an artifact; reading one of another kind is an error (transformers only warns)."""
 
+    required_keys = ("d_in",)
+    """What a config.json must hold: a default in its place would be another model."""
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         kind = config_dict.get("model_type")
+        if kind is None:
+            raise ValueError(
+                f"There is no config.json, or it names no model_type: this is no artifact for "
+                f"{cls.__name__.removesuffix('Config')}. Check the name, or save the artifact again."
+            )
         if kind != cls.model_type:
             raise ValueError(
                 f"The config is of the kind {kind!r}, not {cls.model_type!r}: this is not an artifact for "
                 f"{cls.__name__.removesuffix('Config')}. Load it with the class it was made by, or with AutoModel."
             )
-        required = [
-            f.name
-            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        ]
-        missing = [name for name in required if name not in config_dict]
+        refuse_unknown(set(config_dict) - _TRANSFORMERS_KEYS, cls.__annotations__, cls.__name__)
+        missing = [name for name in cls.required_keys if name not in config_dict]
         if missing:
             raise ValueError(f"{cls.__name__} needs {', '.join(missing)}, which the given config lacks.")
         return super().from_dict(config_dict, **kwargs)
@@ -71,6 +81,8 @@ class ArtifactModel(PreTrainedModel):
         """The extraction that made the features it was trained on."""
         self.metrics: dict[str, Any] = {}
         """What was measured, as in `metrics.json`."""
+        self.hub_arguments: dict[str, Any] = {}
+        """`token`, `cache_dir` and `local_files_only` it was loaded with, for what else it loads."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -87,21 +99,27 @@ class ArtifactModel(PreTrainedModel):
             model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(
-                f"The weights of {str(pretrained_model_name_or_path)!r} are damaged ({error}). Download or save them again."
+                f"The weights of {str(pretrained_model_name_or_path)!r} are damaged ({error}). Download or save them "
+                "again."
             ) from error
         _refuse_loading_problems(str(pretrained_model_name_or_path), info)
         provenance = _find_file(source, EXTRACTOR_CONFIG_NAME, kwargs)
         model.provenance = None if provenance is None else Provenance.load(provenance)
         metrics = _find_file(source, METRICS_NAME, kwargs)
         model.metrics = {} if metrics is None else read_json(metrics)
+        own = ("token", "cache_dir", "local_files_only")
+        model.hub_arguments = {key: kwargs[key] for key in own if kwargs.get(key) is not None}
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
         """Write the whole artifact, card included; the folder is complete or untouched."""
         repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
-        hub = {key: kwargs.pop(key) for key in ("commit_message", "private", "token", "revision") if key in kwargs}
+        names = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
+        hub = {key: kwargs.pop(key) for key in names if key in kwargs}
         with atomic_folder(save_directory) as folder:
             self._write_artifact(folder, repo_id, **kwargs)
+            if kwargs.get("variant") is None:  # else it is saved beside what is there
+                _remove_leftovers(Path(save_directory), {path.name for path in folder.iterdir()})
         if push_to_hub:
             self.push_to_hub(repo_id, **hub)
 
@@ -115,7 +133,14 @@ class ArtifactModel(PreTrainedModel):
 
     def push_to_hub(self, repo_id: str, **hub: Any) -> str:  # type: ignore[override]
         """Push weights, config, card and metrics in one commit; returns its URL. Arguments: see `push_folder`."""
-        return push_folder(repo_id, self._write_artifact, **hub)
+        return push_folder(repo_id, self._write_artifact, delete_patterns=_OPTIONAL_FILES, **hub)
+
+
+def _remove_leftovers(folder: Path, written: set[str]) -> None:
+    """Files of an artifact saved here before that the new one lacks: loading would take them for its own."""
+    for path in folder.glob("*"):
+        if path.name not in written and any(fnmatch(path.name, pattern) for pattern in _OPTIONAL_FILES):
+            path.unlink()
 
 
 def _refuse_loading_problems(name: str, info: dict[str, Any]) -> None:

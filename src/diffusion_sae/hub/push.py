@@ -1,7 +1,7 @@
 """Pushing a folder to the Hub as one commit."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -17,6 +17,7 @@ def push_folder(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    delete_patterns: Sequence[str] = (),
 ) -> str:
     """Write the files, then make the repository if need be, then upload all of them in one commit.
 
@@ -25,6 +26,7 @@ def push_folder(
         write: writes the files into the folder it is given; called before anything is sent.
         commit_message, commit_description, private, token, revision, create_pr: as `push_to_hub` of transformers;
             a `revision` that does not exist becomes a new branch.
+        delete_patterns: files of the repository to delete in the same commit, unless they are among those written.
 
     Returns:
         URL of the commit.
@@ -43,5 +45,6 @@ def push_folder(
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
+            delete_patterns=list(delete_patterns),
         )
     return str(commit.commit_url)

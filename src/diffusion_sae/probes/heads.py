@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class LinearHead(nn.Module):
-    """logits = W (x − μ)/σ + b on pooled features; μ and σ are those of the training features, kept with the weights."""
+    """logits = W (x − μ)/σ + b on pooled features; μ and σ, of the training features, are kept with the weights."""
 
     feature_mean: Tensor
     feature_std: Tensor
@@ -22,7 +22,7 @@ class LinearHead(nn.Module):
 
 
 class DiffCHead(nn.Module):
-    """Diff-C (Revelio, §3.3): BatchNorm without affine; conv 3×3 to `width`; three conv 3×3 of stride 2; average; linear.
+    """Diff-C (Revelio, §3.3): BatchNorm without affine; conv 3×3 to `width`; 3 × conv 3×3 of stride 2; average; linear.
 
     Each convolution is followed by BatchNorm, ReLU and channel dropout; a dropout stands before the linear layer.
     """

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class DiffusionProbe(ArtifactModel):
     """A classifier on features of a frozen diffusion model.
 
-    Called with `features` it is the head alone. Called with `pixel_values` it extracts the features first, with the very
-    extraction it was trained on; the diffusion model is loaded when it is first needed and is no part of the artifact.
+    Called with `features` it is the head alone. Called with `pixel_values` it extracts the features first, with the
+    very extraction it was trained on; the diffusion model is loaded when first needed and is no part of the artifact.
     """
 
     config_class = DiffusionProbeConfig
@@ -31,10 +31,11 @@ class DiffusionProbe(ArtifactModel):
 
     def __init__(self, config: DiffusionProbeConfig) -> None:
         super().__init__(config)
-        if config.head == "linear":
-            self.head: nn.Module = LinearHead(config.d_in, config.num_labels)
-        else:
-            self.head = DiffCHead(config.d_in, config.num_labels, config.width, config.dropout)
+        with torch.random.fork_rng(devices=[]):  # torch's layers draw weights, which `_init_head` replaces
+            if config.head == "linear":
+                self.head: nn.Module = LinearHead(config.d_in, config.num_labels)
+            else:
+                self.head = DiffCHead(config.d_in, config.num_labels, config.width, config.dropout)
         # not a submodule: it is no part of the weights, and building it on the meta device would lose its buffers
         self.__dict__["_extractor"] = None
         self.post_init()
@@ -65,7 +66,8 @@ class DiffusionProbe(ArtifactModel):
             self.__dict__["_extractor"] = extractor_of(self)
         return self._extractor
 
-    def _check_features(self, features: Tensor) -> Tensor:
+    def _checked(self, features: Tensor) -> Tensor:
+        """The features in the head's shape and floating-point type, if they are of its width and finite."""
         config = self.config
         if config.head == "diff-c" and features.ndim in (3, 4):
             features = as_feature_map(features)
@@ -77,7 +79,7 @@ class DiffusionProbe(ArtifactModel):
             )
         if not torch.isfinite(features).all():
             raise ValueError("features hold NaN or infinite values; extract them again or remove these rows.")
-        return features
+        return features.to(self.dtype)
 
     def forward(
         self,
@@ -97,8 +99,8 @@ class DiffusionProbe(ArtifactModel):
         if (pixel_values is None) == (features is None):
             raise ValueError("Give either pixel_values or features, one of the two.")
         if features is None:
-            features = next(iter(self.extractor(pixel_values).values())).to(self.device, self.dtype)
-        logits = self.head(self._check_features(features))
+            features = next(iter(self.extractor(pixel_values).values())).to(self.device)
+        logits = self.head(self._checked(features))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
@@ -107,7 +109,7 @@ class DiffusionProbe(ArtifactModel):
     def require_features(self, features: FeatureSet, *, allow_mismatch: bool = False) -> None:
         """Refuse features of another extraction or shape."""
         require_same_provenance(self.provenance, features.provenance, "This probe", allow_mismatch=allow_mismatch)
-        self._check_features(features[:1])
+        self._checked(features[:1])
 
     @torch.no_grad()
     def predict(self, features: FeatureSet | Tensor, batch_size: int = 256) -> Float[Tensor, "N num_labels"]:

@@ -30,7 +30,7 @@ def extractor_of(probe: "DiffusionProbe") -> DiffusionFeatureExtractor:
     settings = recorded.settings.to_dict()
     device = probe.device if probe.device.type != "meta" else default_device()
     extractor = DiffusionFeatureExtractor.from_pretrained(
-        settings.pop("model"), revision=settings.pop("revision"), device=device, **settings
+        settings.pop("model"), revision=settings.pop("revision"), device=device, **probe.hub_arguments, **settings
     )
     if extractor.provenance.weights != recorded.weights:
         raise ProvenanceMismatchError(
@@ -52,4 +52,4 @@ class DiffusionProbePipeline(ImageClassificationPipeline):
         is_url = isinstance(image, str) and image.startswith(("http://", "https://"))
         if is_url:
             return super().preprocess(image, timeout)
-        return self.image_processor(load_image(image)).to(self.dtype)  # type: ignore[misc]
+        return self.image_processor(load_image(image))  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._files import fingerprint_of, require_writable_folder
-from .._training import MetricsLogger, epoch_order, load_checkpoint, require_finite_loss, save_checkpoint
+from .._training import (
+    MetricsLogger,
+    data_fingerprint,
+    epoch_order,
+    hold_out_images,
+    load_checkpoint,
+    require_finite_loss,
+    save_checkpoint,
+)
 from ..features import FeatureSet
+from ..provenance import require_same_provenance
 from .heads import LinearHead
 from .modeling import DiffusionProbe
 from .training_args import ProbeTrainingArguments
@@ -39,8 +49,8 @@ class ProbeTrainingResult:
 class ProbeTrainer:
     """Trains a DiffusionProbe on cached features.
 
-    The protocol: parameters are fitted on training rows; the L2 strength of `lbfgs` or the epoch of `adamw` is chosen by
-    validation accuracy (ties by loss); test rows are given to `evaluate` alone, after everything is chosen.
+    The protocol: parameters are fitted on training rows; the L2 strength of `lbfgs` or the epoch of `adamw` is chosen
+    by validation accuracy (ties by loss); test rows are given to `evaluate` alone, after everything is chosen.
     """
 
     def __init__(
@@ -59,24 +69,28 @@ class ProbeTrainer:
         """
         self.probe, self.args = probe, args
         self.features = features
-        for given, what in ((features, "The training features"), (validation_features, "The validation features")):
-            if given is not None:
-                given.require_finite(what)
-                probe.require_features(given, allow_mismatch=allow_mismatch)
-                _require_labels(given, probe.config.num_labels, what)
-        order = epoch_order(len(features), seed=args.seed, epoch=-1)
+        self._require(features, "The training features", allow_mismatch)
         if validation_features is None:
-            held_out = max(1, round(len(features) * args.validation_fraction))
-            if held_out >= len(features):
-                raise ValueError(f"{len(features)} rows are too few to hold out {held_out} for validation; give more.")
-            validation_rows, self.train_rows = order[:held_out], order[held_out:].sort().values
-            self.validation = (features[validation_rows], _labels(features)[validation_rows])
+            held_out = max(1, round(features.num_images * args.validation_fraction))
+            self.train_rows, rows = hold_out_images(features, held_out, seed=args.seed)
+            self.validation = (features[rows], _labels(features)[rows])
         else:
+            self._require(validation_features, "The validation features", allow_mismatch)
             self.train_rows = torch.arange(len(features))
             self.validation = (validation_features.to_tensor(), _labels(validation_features))
-        self.optimizer_name = args.optimizer
-        if args.optimizer == "auto":
-            self.optimizer_name = "lbfgs" if isinstance(probe.head, LinearHead) else "adamw"
+        is_linear = probe.config.head == "linear"
+        if args.optimizer == "lbfgs" and not is_linear:
+            raise ValueError("lbfgs is for the linear head, whose problem is convex; use optimizer='adamw'.")
+        self.optimizer_name = ("lbfgs" if is_linear else "adamw") if args.optimizer == "auto" else args.optimizer
+
+    def _require(self, given: FeatureSet, what: str, allow_mismatch: bool) -> None:
+        """Refuse features that are not the probe's, of another extraction than the training's, broken or unlabelled."""
+        given.require_finite(what)
+        self.probe.require_features(given, allow_mismatch=allow_mismatch)
+        require_same_provenance(
+            self.features.provenance, given.provenance, "This training", allow_mismatch=allow_mismatch
+        )
+        _require_labels(given, self.probe.config.num_labels, what)
 
     def train(self, *, progress: bool = True) -> ProbeTrainingResult:
         """Fit, choose on validation, save the chosen probe in `output_dir`."""
@@ -100,40 +114,40 @@ class ProbeTrainer:
 
     def evaluate(self, test_features: FeatureSet, *, allow_mismatch: bool = False) -> ProbeMetrics:
         """Accuracy on rows that no choice was made on; recorded in the probe's metrics as `test`."""
-        self.probe.require_features(test_features, allow_mismatch=allow_mismatch)
-        _require_labels(test_features, self.probe.config.num_labels, "The test features")
+        self._require(test_features, "The test features", allow_mismatch)
         metrics = _measure(self.probe.predict(test_features), _labels(test_features))
         self.probe.metrics["test"] = {"accuracy": metrics.accuracy, "rows": metrics.rows}
         return metrics
 
     def _standardise(self, head: LinearHead) -> None:
-        rows = self.features[self.train_rows]
+        rows = self.features[self.train_rows].double()
         head.feature_mean.copy_(rows.mean(0))
         # constant features carry nothing: with σ = 1 they stay 0 instead of becoming NaN
-        std = rows.std(0)
-        head.feature_std.copy_(torch.where(std > 1e-6 * rows.abs().amax().clamp_min(1e-12), std, 1.0))
+        std = rows.std(0, correction=0)
+        head.feature_std.copy_(torch.where(std > 1e-6 * rows.abs().amax(0), std, 1.0))
 
     def _validate(self) -> ProbeMetrics:
         return _measure(self.probe.predict(self.validation[0]), self.validation[1])
 
     def _fit_lbfgs(self, output_dir: Path, progress: bool) -> ProbeTrainingResult:
         """One convex problem an L2 strength, warm-started from strong to weak."""
-        if not isinstance(self.probe.head, LinearHead):
-            raise ValueError("lbfgs is for the linear head, whose problem is convex; use optimizer='adamw'.")
         head, device = self.probe.head, self.probe.device
+        assert isinstance(head, LinearHead)
         rows = self.features[self.train_rows].to(device)
         labels = _labels(self.features)[self.train_rows].to(device)
-        logger = MetricsLogger(self.args.report_to, output_dir, self.args.to_dict())
         best: tuple[ProbeMetrics, float, dict[str, Tensor]] | None = None
-        for step, l2 in enumerate(tqdm(sorted(self.args.l2_path, reverse=True), desc="probe", disable=not progress)):
-            loss = _minimise(head, rows, labels, l2)
-            require_finite_loss(loss, step, output_dir, "Check the scale of the features.")
-            metrics = self._validate()
-            logger.log(step, {"l2": l2, "loss": loss, "accuracy": metrics.accuracy, "validation_loss": metrics.loss})
-            if best is None or _better(metrics, best[0]):
-                best = (metrics, l2, copy.deepcopy(head.state_dict()))
-        logger.close()
-        assert best is not None  # noqa: S101  l2_path is never empty
+        strengths = tqdm(sorted(self.args.l2_path, reverse=True), desc="probe", disable=not progress)
+        with closing(MetricsLogger(self.args.report_to, output_dir, self.args.to_dict())) as logger, strengths:
+            for step, l2 in enumerate(strengths):
+                loss = _minimise(head, rows, labels, l2)
+                require_finite_loss(loss, step, output_dir, "Check the scale of the features.", head)
+                metrics = self._validate()
+                logger.log(
+                    step, {"l2": l2, "loss": loss, "accuracy": metrics.accuracy, "validation_loss": metrics.loss}
+                )
+                if best is None or _better(metrics, best[0]):
+                    best = (metrics, l2, copy.deepcopy(head.state_dict()))
+        assert best is not None  # l2_path is never empty
         head.load_state_dict(best[2])
         return ProbeTrainingResult(best[0], {"l2": best[1]}, logger.history)
 
@@ -143,35 +157,35 @@ class ProbeTrainer:
         labels = _labels(self.features)
         optimizer = torch.optim.AdamW(probe.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
         best = {name: value.clone() for name, value in probe.state_dict().items()}
-        state = torch.tensor(
-            [0.0, -1.0, math.inf, -1.0], dtype=torch.float64
-        )  # epochs done; best accuracy, loss, epoch
+        # epochs done; best accuracy, loss, epoch
+        state = torch.tensor([0.0, -1.0, math.inf, -1.0], dtype=torch.float64)
         logger = MetricsLogger(args.report_to, output_dir, args.to_dict())
         extra = load_checkpoint(output_dir, probe, optimizer, run=self._run_name(), history=logger.history)
         if extra is not None:
             state = extra.pop("state")
             best = {name.removeprefix("best."): value for name, value in extra.items()}
-        first = int(state[0])
-        for epoch in tqdm(range(first, args.num_train_epochs), desc="probe", unit="epoch", disable=not progress):
-            cosine = 0.5 * (1 + math.cos(math.pi * epoch / args.cosine_epochs))
-            optimizer.param_groups[0]["lr"] = args.learning_rate * cosine
-            loss = self._epoch(epoch, optimizer, labels)
-            require_finite_loss(loss, epoch, output_dir, "Lower learning_rate.")
-            metrics = self._validate()
-            logger.log(epoch, {"loss": loss, "accuracy": metrics.accuracy, "validation_loss": metrics.loss})
-            state[0] = epoch + 1
-            if _better(metrics, ProbeMetrics(state[1].item(), state[2].item(), 0)):
-                state[1:] = torch.tensor([metrics.accuracy, metrics.loss, epoch], dtype=torch.float64)
-                best = {name: value.clone() for name, value in probe.state_dict().items()}
-            extra = {"state": state, **{f"best.{name}": value for name, value in best.items()}}
-            save_checkpoint(output_dir, probe, optimizer, extra, run=self._run_name(), history=logger.history)
-        logger.close()
+        epochs = range(int(state[0]), args.num_train_epochs)
+        with closing(logger), tqdm(epochs, desc="probe", unit="epoch", disable=not progress) as bar:
+            for epoch in bar:
+                cosine = 0.5 * (1 + math.cos(math.pi * epoch / args.cosine_epochs))
+                optimizer.param_groups[0]["lr"] = args.learning_rate * cosine
+                loss = self._epoch(epoch, optimizer, labels)
+                metrics = self._validate()
+                for value in (loss, metrics.loss):
+                    require_finite_loss(value, epoch, output_dir, "Lower learning_rate.")
+                logger.log(epoch, {"loss": loss, "accuracy": metrics.accuracy, "validation_loss": metrics.loss})
+                state[0] = epoch + 1
+                if _better(metrics, ProbeMetrics(state[1].item(), state[2].item(), 0)):
+                    state[1:] = torch.tensor([metrics.accuracy, metrics.loss, epoch], dtype=torch.float64)
+                    best = {name: value.clone() for name, value in probe.state_dict().items()}
+                extra = {"state": state, **{f"best.{name}": value for name, value in best.items()}}
+                save_checkpoint(output_dir, probe, optimizer, extra, run=self._run_name(), history=logger.history)
         probe.load_state_dict(best)
         chosen = ProbeMetrics(state[1].item(), state[2].item(), len(self.validation[1]))
         return ProbeTrainingResult(chosen, {"epoch": state[3].item()}, logger.history)
 
     def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer, labels: Tensor) -> float:
-        """One pass in the order of (seed, epoch); the dropout's random state is forked, so that no one else's changes."""
+        """One pass in the order of (seed, epoch); the dropout's random state is forked: no one else's changes."""
         probe, total = self.probe, 0.0
         order = self.train_rows[epoch_order(len(self.train_rows), seed=self.args.seed, epoch=epoch)]
         devices = [probe.device] if probe.device.type == "cuda" else []
@@ -190,13 +204,13 @@ class ProbeTrainer:
         return total / len(order)
 
     def _run_name(self) -> str:
-        provenance = self.features.provenance
         config = self.probe.config
         content: dict[str, Any] = {
-            key: getattr(config, key) for key in ("d_in", "head", "width", "dropout", "init_seed")
+            key: getattr(config, key) for key in ("d_in", "num_labels", "head", "width", "dropout", "init_seed")
         }
         content |= {key: value for key, value in self.args.to_dict().items() if key not in ("output_dir", "report_to")}
-        content |= {"features": None if provenance is None else provenance.fingerprint, "rows": len(self.features)}
+        validation = FeatureSet.from_tensor(*self.validation)
+        content |= {"features": data_fingerprint(self.features), "validation": data_fingerprint(validation)}
         return fingerprint_of(content)
 
 

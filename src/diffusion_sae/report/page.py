@@ -20,18 +20,6 @@ from PIL import Image
 
 from diffusion_sae._files import write_atomically
 
-__all__ = [
-    "Baseline",
-    "Example",
-    "Figure",
-    "LatentPanel",
-    "LayerGrid",
-    "PageData",
-    "Prediction",
-    "render_page",
-    "write_page",
-]
-
 MAX_SIDE = 128  # pixels of an embedded image: twice the size it is shown at, for dense screens
 CRISP_SIDE = 64  # up to this size an image is enlarged pixel by pixel, as 28 × 28 digits are
 
@@ -250,7 +238,7 @@ def _share(value: float) -> str:
 
 def _number(value: float) -> str:
     size = abs(value)
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.2f}" if size >= 0.01 or size == 0 else f"{value:.1e}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.2f}" if size >= 0.01 or size == 0 else f"{value:.2g}"
 
 
 def _sha256(script: str) -> str:

@@ -25,6 +25,7 @@ class KSparseAutoencoderConfig(ArtifactConfig):
     """
 
     model_type = "k-sparse-autoencoder"
+    required_keys = ("d_in", "num_latents", "k")
 
     d_in: int
     expansion_factor: float | int | None = None
@@ -38,7 +39,7 @@ class KSparseAutoencoderConfig(ArtifactConfig):
         check_integer("d_in", self.d_in, 1)
         if self.num_latents is None:
             self.expansion_factor = 64 if self.expansion_factor is None else self.expansion_factor
-            check_number("expansion_factor", self.expansion_factor, 0, open_low=True)
+            check_number("expansion_factor", self.expansion_factor, 0, 1_000_000, open_low=True)
             self.num_latents = round(self.d_in * self.expansion_factor)
         check_integer("num_latents", self.num_latents, 1)
         if self.expansion_factor is None:

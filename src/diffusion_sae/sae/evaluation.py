@@ -37,8 +37,8 @@ def evaluate_sae(sae: KSparseAutoencoder, features: FeatureSet | Tensor, batch_s
     for batch in features.batches(batch_size):
         batch = batch.to(sae.W_dec.device)
         code = sae.encode(batch)
-        error += (batch - sae.decode(code)).double().pow(2).sum().item()
-        variance += (batch - mean).double().pow(2).sum().item()
+        error += (batch.double() - sae.decode(code).double()).pow(2).sum().item()
+        variance += (batch.double() - mean.double()).pow(2).sum().item()
         active += (code.top_acts > 0).sum().item()
         alive[code.top_indices[code.top_acts > 0]] = True
     if variance == 0:

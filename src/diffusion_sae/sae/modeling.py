@@ -95,7 +95,8 @@ class KSparseAutoencoder(ArtifactModel):
         self.b_enc.zero_()
         self.b_dec.zero_()
 
-    def _check_features(self, features: Tensor) -> None:
+    def _checked(self, features: Tensor) -> Float[Tensor, "N d_in"]:
+        """The features in the SAE's floating-point type, if they are of its width and finite."""
         if features.ndim != 2 or features.shape[1] != self.config.d_in:
             raise ValueError(
                 f"features must have the shape (N, d_in) = (N, {self.config.d_in}), got {tuple(features.shape)}. "
@@ -103,6 +104,7 @@ class KSparseAutoencoder(ArtifactModel):
             )
         if not torch.isfinite(features).all():
             raise ValueError("features hold NaN or infinite values; extract them again or remove these rows.")
+        return features.to(self.dtype)
 
     def pre_acts(self, features: Float[Tensor, "N d_in"]) -> Float[Tensor, "N num_latents"]:
         """W_encᵀ (x − b_dec) + b_enc, dense."""
@@ -118,8 +120,7 @@ class KSparseAutoencoder(ArtifactModel):
         Raises:
             ValueError: for another width, NaN or infinity.
         """
-        self._check_features(features)
-        return self._topk(self.pre_acts(features))
+        return self._topk(self.pre_acts(self._checked(features)))
 
     def decode(self, code: SparseCode) -> Float[Tensor, "N d_in"]:
         """Σ z_i W_dec[i] + b_dec over the active latents alone."""
@@ -144,7 +145,7 @@ class KSparseAutoencoder(ArtifactModel):
             auxk: how many of the dead latents reconstruct the residual of a row.
             auxk_alpha: weight of that loss (Gao et al. 2024, §A.2: 1/32).
         """
-        self._check_features(features)
+        features = self._checked(features)
         pre_acts = self.pre_acts(features)
         code = self._topk(pre_acts)
         reconstruction = self.decode(code)
@@ -191,7 +192,8 @@ class KSparseAutoencoder(ArtifactModel):
         if features.d_in != self.config.d_in or len(features.row_shape) != 1:
             raise ValueError(
                 f"The SAE takes features of width d_in = {self.config.d_in}, got rows of shape "
-                f"{tuple(features.row_shape)}. Extract with pooling 'mean', 'max' or 'tokens' from the layer it was made for."
+                f"{tuple(features.row_shape)}. Extract with pooling 'mean', 'max' or 'tokens' from the layer it was "
+                "made for."
             )
 
     def card_text(self, repo_id: str) -> dict[str, Any]:

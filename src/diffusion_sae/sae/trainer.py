@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +14,20 @@ from transformers import get_scheduler
 from .._files import fingerprint_of, require_writable_folder, write_json
 from .._training import (
     MetricsLogger,
-    epoch_order,
+    data_fingerprint,
+    hold_out_images,
     load_checkpoint,
     require_finite_loss,
     save_checkpoint,
     step_rows,
 )
 from ..features import FeatureSet, as_feature_set
+from ..provenance import require_same_provenance
 from .evaluation import SAEMetrics, evaluate_sae
 from .modeling import KSparseAutoencoder
 from .training_args import SAETrainingArguments
+
+_ADVICE = "Lower learning_rate, or check the features' scale."
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class SAETrainingResult:
     """What a training came to."""
 
     metrics: SAEMetrics
-    """On the held-out rows."""
+    """On the held-out rows; with `eval_fraction=0` on training rows."""
     steps: int
     seconds: float
     """Of this run; a resumed run counts its own part."""
@@ -59,41 +64,48 @@ class SAETrainer:
             features: rows (N, d_in) to train on.
             args: how.
             eval_features: rows to evaluate on; None: `args.eval_fraction` of the images of `features`, held out.
-            allow_mismatch: train on features of another extraction than the SAE records.
+            allow_mismatch: train on features of another extraction than the SAE records, and evaluate on others.
 
         Raises:
-            ValueError: for features of another width, with NaN or infinity, or of another extraction.
+            ValueError: for features of another width, with NaN or infinity, or of another extraction; for too few
+                images to hold some out, or evaluation rows that are all equal.
         """
         self.sae, self.args = sae, args
         self.features = as_feature_set(features)
         self.features.require_finite("The training features")
         sae.require_features(self.features, allow_mismatch=allow_mismatch)
-        self.train_rows, self.eval_features = self._split(eval_features)
+        self.train_rows, self.eval_features = self._split(eval_features, allow_mismatch)
+        if bool((self.eval_features == self.eval_features[:1]).all()):
+            raise ValueError(
+                f"The {len(self.eval_features)} rows to evaluate on are all equal, so that there is no variance to "
+                "explain. Give more images, a larger eval_fraction, or eval_features."
+            )
+        self.held_out = eval_features is not None or args.eval_fraction > 0
         self.batch_size = min(args.batch_size, len(self.train_rows))
         per_epoch = max(1, len(self.train_rows) // self.batch_size)
         self.max_steps = args.max_steps or max(1, round(args.num_train_epochs * per_epoch))
         self.auxk = sae.config.d_in // 2 if args.auxk is None else args.auxk
 
-    def _split(self, eval_features: FeatureSet | Tensor | None) -> tuple[Tensor, Tensor]:
-        """Training rows, and evaluation rows themselves. Whole images are held out: their positions are alike."""
-        features = self.features
+    def _split(self, eval_features: FeatureSet | Tensor | None, allow_mismatch: bool) -> tuple[Tensor, Tensor]:
+        """Training rows, and the features to evaluate on."""
+        features, args = self.features, self.args
         if eval_features is not None:
             given = as_feature_set(eval_features)
             given.require_finite("The evaluation features")
-            self.sae.require_features(given)
+            self.sae.require_features(given, allow_mismatch=allow_mismatch)
+            require_same_provenance(
+                features.provenance, given.provenance, "This training", allow_mismatch=allow_mismatch
+            )
             return torch.arange(len(features)), given.to_tensor()
-        held_out = round(features.num_images * self.args.eval_fraction)
-        if held_out == 0:
-            return torch.arange(len(features)), features[: 8 * self.args.batch_size]
-        order = epoch_order(features.num_images, seed=self.args.seed, epoch=-1)
-        held = torch.zeros(features.num_images, dtype=torch.bool)
-        held[order[:held_out]] = True
-        of_row = held[features.image_index]
-        return torch.nonzero(~of_row).flatten(), features[torch.nonzero(of_row).flatten()]
+        if args.eval_fraction == 0:
+            return torch.arange(len(features)), features[: 8 * args.batch_size]
+        at_least = 1 if features.rows_per_image > 1 else 2  # a single row has no variance
+        held_out = max(at_least, round(features.num_images * args.eval_fraction))
+        train_rows, eval_rows = hold_out_images(features, held_out, seed=args.seed)
+        return train_rows, features[eval_rows]
 
     def _run_name(self) -> str:
         """Identifies what a checkpoint belongs to: settings, shape, data."""
-        provenance = self.features.provenance
         return fingerprint_of(
             {
                 "args": {
@@ -104,8 +116,8 @@ class SAETrainer:
                 "config": {
                     k: getattr(self.sae.config, k) for k in ("d_in", "num_latents", "k", "encoder_init", "init_seed")
                 },
-                "features": None if provenance is None else provenance.fingerprint,
-                "rows": len(self.features),
+                "features": data_fingerprint(self.features),
+                "train_rows": len(self.train_rows),
             }
         )
 
@@ -128,25 +140,23 @@ class SAETrainer:
         started = time.perf_counter()
         sae.train()
         bar = tqdm(total=self.max_steps, initial=step, desc="train k-SAE", unit="step", disable=not progress)
-        while step < self.max_steps:
-            _set_step(scheduler, step)
-            batch = self.features[
-                self.train_rows[step_rows(step, self.batch_size, len(self.train_rows), seed=args.seed)]
-            ]
-            loss, fvu = self._step(batch.to(device), optimizer, rows_since_active)
-            step += 1
-            bar.update()
-            if step % args.logging_steps == 0 or step == self.max_steps:
-                require_finite_loss(loss.item(), step, output_dir, "Lower learning_rate, or check the features' scale.")
-                dead = (rows_since_active >= args.dead_after_rows).float().mean().item()
-                logger.log(step, {"loss": loss.item(), "fvu": fvu.item(), "dead_latents": dead})
-                bar.set_postfix(loss=f"{loss.item():.4f}", fvu=f"{fvu.item():.4f}")
-            if step % args.save_steps == 0 or step == self.max_steps:
-                require_finite_loss(loss.item(), step, output_dir, "Lower learning_rate, or check the features' scale.")
-                extra = {"step": torch.tensor(step), "rows_since_active": rows_since_active}
-                save_checkpoint(output_dir, sae, optimizer, extra, run=self._run_name(), history=logger.history)
-        bar.close()
-        logger.close()
+        with closing(logger), bar:
+            while step < self.max_steps:
+                _set_step(scheduler, step)
+                rows = step_rows(step, self.batch_size, len(self.train_rows), seed=args.seed)
+                batch = self.features[self.train_rows[rows]].to(device)
+                loss, fvu = self._step(batch, optimizer, rows_since_active)
+                step += 1
+                bar.update()
+                if step % args.logging_steps == 0 or step == self.max_steps:
+                    require_finite_loss(loss.item(), step, output_dir, _ADVICE)
+                    dead = (rows_since_active >= args.dead_after_rows).float().mean().item()
+                    logger.log(step, {"loss": loss.item(), "fvu": fvu.item(), "dead_latents": dead})
+                    bar.set_postfix(loss=f"{loss.item():.4f}", fvu=f"{fvu.item():.4f}")
+                if step % args.save_steps == 0 or step == self.max_steps:
+                    require_finite_loss(loss.item(), step, output_dir, _ADVICE, sae)
+                    extra = {"step": torch.tensor(step), "rows_since_active": rows_since_active}
+                    save_checkpoint(output_dir, sae, optimizer, extra, run=self._run_name(), history=logger.history)
         return self._finish(output_dir, step, time.perf_counter() - started, logger.history)
 
     def _resume_or_begin(
@@ -182,7 +192,7 @@ class SAETrainer:
         return output.loss.detach(), output.fvu
 
     def evaluate(self) -> SAEMetrics:
-        """FVU, L0 and dead latents on the held-out rows."""
+        """FVU, L0 and dead latents on the held-out rows (with `eval_fraction=0` on training rows)."""
         return evaluate_sae(self.sae, FeatureSet.from_tensor(self.eval_features))
 
     def _finish(
@@ -190,11 +200,14 @@ class SAETrainer:
     ) -> SAETrainingResult:
         self.sae.eval()
         metrics = self.evaluate()
+        require_finite_loss(metrics.fvu, steps, output_dir, _ADVICE)
         self.sae.provenance = self.features.provenance
         self.sae.metrics = {
-            "held_out": dataclasses.asdict(metrics),
+            "held_out" if self.held_out else "on_training_rows": dataclasses.asdict(metrics),
             "training": {"steps": steps, "rows": len(self.train_rows), **self.args.to_dict()},
-            "note": f"On {metrics.rows:,} rows of images that were held out of the SAE's training.",
+            "note": f"On {metrics.rows:,} rows of images that were held out of the SAE's training."
+            if self.held_out
+            else f"On {metrics.rows:,} rows that the SAE was trained on: none were held out.",
         }
         self.sae.metrics["training"].pop("output_dir")
         self.sae.save_pretrained(output_dir)
