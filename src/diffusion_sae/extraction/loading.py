@@ -58,7 +58,8 @@ def randomise_denoiser(pipeline: Any, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = type(trained).from_config(trained.config)
-    setattr(pipeline, name, fresh.to(trained.device, trained.dtype))
+    # nn.Module's own `to`, as diffusers' warns whenever it is given a dtype
+    setattr(pipeline, name, torch.nn.Module.to(fresh, trained.device, trained.dtype))
 
 
 def default_device() -> str:

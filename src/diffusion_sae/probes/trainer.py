@@ -94,6 +94,12 @@ class ProbeTrainer:
 
     def train(self, *, progress: bool = True) -> ProbeTrainingResult:
         """Fit, choose on validation, save the chosen probe in `output_dir`."""
+        result = self.fit(progress=progress)
+        self.save()
+        return result
+
+    def fit(self, *, progress: bool = True) -> ProbeTrainingResult:
+        """Fit and choose on validation, without saving the finished probe."""
         output_dir = require_writable_folder(self.args.output_dir)
         if isinstance(self.probe.head, LinearHead):
             self._standardise(self.probe.head)
@@ -105,7 +111,6 @@ class ProbeTrainer:
             "validation": {"accuracy": result.validation.accuracy, "rows": result.validation.rows},
             "training": {"rows": len(self.train_rows), "optimizer": self.optimizer_name, **result.chosen},
         }
-        self.save()
         return result
 
     def save(self) -> None:

@@ -1,0 +1,61 @@
+"""A training that is killed at any moment ends bit for bit as one that is not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion_sae._training import CHECKPOINT
+
+SCRIPT = Path(__file__).with_name("train_and_kill.py")
+
+
+def train_and_kill(kind: str, folder: Path, *, kills: int, seed: int, save_steps: int) -> list[int]:
+    """How far the checkpoint was after each kill."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, kind, str(folder), str(kills), str(seed), str(save_steps)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_same_run(undisturbed: Path, killed: Path) -> None:
+    names = {path.name for path in undisturbed.iterdir()}
+    assert {path.name for path in killed.iterdir()} == names, "something was left over, or is missing"
+    for name in names - {CHECKPOINT, "README.md"}:
+        assert (undisturbed / name).read_bytes() == (killed / name).read_bytes(), name
+    expected, got = load_file(undisturbed / CHECKPOINT), load_file(killed / CHECKPOINT)
+    assert set(expected) == set(got)
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
+def test_killed_three_times(tmp_path: Path) -> None:
+    progress = train_and_kill("sae", tmp_path, kills=3, seed=0, save_steps=10)
+    assert len(progress) == 3
+    assert progress == sorted(progress)
+    assert progress[-1] > 0, "no run was resumed from a checkpoint"
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
+    history = json.loads((tmp_path / "killed/training_history.json").read_text())
+    assert [entry["step"] for entry in history] == [*range(9, 301, 9), 300]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save_steps", [1, 7])
+def test_killed_twelve_times(tmp_path: Path, save_steps: int) -> None:
+    """With a checkpoint every step most kills fall into the writing of one."""
+    progress = train_and_kill("sae", tmp_path, kills=12, seed=save_steps, save_steps=save_steps)
+    assert len(progress) == 12
+    assert progress[-1] > 0
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
