@@ -62,10 +62,12 @@ class ExtractorConfig(JsonConfig):
         check_choice("dtype", self.dtype, DTYPES)
         check(isinstance(self.prompt, str), f"prompt must be a string, got {self.prompt!r}.")
         check_integer("seed", self.seed, 0)
+        check_choice("random_weights", self.random_weights, (True, False))
         if self.image_size is not None:
             check_integer("image_size", self.image_size, 1)
         if self.guidance is not None:
             check_number("guidance", self.guidance, 0)
+            object.__setattr__(self, "guidance", float(self.guidance))  # 1 and 1.0 have one fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +130,16 @@ class ProvenanceMismatchError(ValueError):
     """Features of one extraction were given to something made for another."""
 
 
+ADVICE = "Extract with the settings it was made for, or pass allow_mismatch=True if you know that they are comparable."
+
+
 def require_same_provenance(
-    expected: Provenance | None, given: Provenance | None, what: str, *, allow_mismatch: bool = False
+    expected: Provenance | None,
+    given: Provenance | None,
+    what: str,
+    *,
+    allow_mismatch: bool = False,
+    advice: str = ADVICE,
 ) -> None:
     """Refuse features of another extraction, naming both. Where a side is unknown there is nothing to compare."""
     if expected is None or given is None or allow_mismatch or expected.fingerprint == given.fingerprint:
@@ -139,6 +149,5 @@ def require_same_provenance(
     differing = [key for key in mine if key not in ignored and mine[key] != theirs[key]]
     raise ProvenanceMismatchError(
         f"{what} was made for features of another extraction (they differ in {', '.join(differing)}).\n"
-        f"  made for: {expected.describe()}\n  got:      {given.describe()}\n"
-        "Extract with the settings it was made for, or pass allow_mismatch=True if you know that they are comparable."
+        f"  made for: {expected.describe()}\n  got:      {given.describe()}\n{advice}"
     )

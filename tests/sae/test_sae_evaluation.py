@@ -19,7 +19,7 @@ def sae(superposition: Callable[..., Tensor]) -> KSparseAutoencoder:
     sae = KSparseAutoencoder(KSparseAutoencoderConfig(d_in=16, num_latents=64, k=4))
     with torch.no_grad():
         sae.b_dec.copy_(superposition(500).mean(0))
-        sae.b_enc.copy_(torch.linspace(-2.5, 0.5, 64))  # some latents never active, some rows with fewer than k
+        sae.b_enc.copy_(torch.linspace(-4, -0.5, 64))  # some latents never active, some rows with fewer than k
     return sae
 
 

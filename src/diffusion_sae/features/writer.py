@@ -85,7 +85,8 @@ class StoreWriter:
 
     def _continue(self, existing: FeatureStore) -> None:
         what = f"The feature store in {str(self.folder)!r}"
-        require_same_provenance(existing.provenance, self.provenance, what)
+        advice = "Give the settings it was begun with to go on with it, or another folder to begin a new store."
+        require_same_provenance(existing.provenance, self.provenance, what, advice=advice)
         if existing.manifest["data_fingerprint"] != self.manifest["data_fingerprint"]:
             raise ValueError(
                 f"{what} was begun with other images, labels, class names or shard size. "
