@@ -45,9 +45,7 @@ def extract(model, images, output_dir, rename=None, started=None):
 def processes():
     """Processes that are forked off a server with the libraries loaded and nothing run."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["diffusion_sae.extraction.extractor", "diffusion_sae.features", "diffusers", "datasets"]
-    )
+    context.set_forkserver_preload(["diffusion_sae.extraction.extractor", "diffusers", "datasets"])
     return context
 
 
@@ -108,11 +106,11 @@ def test_three_kills_in_a_row(processes, undisturbed, tiny_sd_folder, image_fold
 
 @pytest.mark.slow
 def test_many_kills_at_random_moments(processes, undisturbed, tiny_sd_folder, image_folder, tmp_path):
-    """At least twenty kills that hit a run, over as many stores as that takes; each store ends undisturbed."""
+    """Two dozen kills that hit a run, over as many stores as that takes; each store ends undisturbed."""
     expected, seconds = undisturbed
     chance = random.Random(1)
     hits = stores = 0
-    while hits < 24:
+    while hits < 24 and stores < 200:
         folder = tmp_path / f"store-{stores}"
         arguments = (tiny_sd_folder, image_folder, folder)
         for _ in range(chance.randint(1, 4)):
@@ -120,7 +118,7 @@ def test_many_kills_at_random_moments(processes, undisturbed, tiny_sd_folder, im
         finish(processes, arguments)
         assert contents(folder) == expected, folder.name
         stores += 1
-    assert stores > 4
+    assert hits >= 24
 
 
 @pytest.mark.slow

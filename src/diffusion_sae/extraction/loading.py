@@ -66,3 +66,10 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def first_layer(model: str) -> str:
+    """A canonical layer that the model surely has, by the kind of its denoiser."""
+    from diffusers import DiffusionPipeline
+
+    return "bottleneck" if "unet" in DiffusionPipeline.load_config(resolve_source(model)) else "block0"

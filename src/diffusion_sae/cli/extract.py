@@ -1,0 +1,49 @@
+"""`diffusion-sae extract DATASET OUTPUT_DIR`."""
+
+import argparse
+from typing import Any
+
+from .options import EXTRACTOR, add_options, given
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", help="folder of images (class sub-folders give labels), Parquet file, datasets name")
+    parser.add_argument("output_dir", help="folder of the feature store; an unfinished one is gone on with")
+    parser.add_argument("--split", default="train", help="split of a named data set (default: train)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images a forward pass (default: 32)")
+    parser.add_argument("--shard-size", type=int, default=1024, help="images a shard (default: 1024)")
+    parser.add_argument("--limit", type=int, help="only the first so many images")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read; report them")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    add_options(parser, "extraction", *EXTRACTOR)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from .. import DiffusionFeatureExtractor
+
+    settings = given(args, *EXTRACTOR)
+    model = settings.pop("model", "tiny-sd")
+    extractor = DiffusionFeatureExtractor.from_pretrained(model, device=args.device, **settings)
+    store = extractor.extract(
+        args.dataset,
+        args.output_dir,
+        split=args.split,
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+        limit=args.limit,
+        skip_broken=args.skip_broken,
+    )
+    return {
+        "store": str(store.path),
+        "images": len(store),
+        "skipped": store.skipped,
+        "layers": list(store.layers),
+        "timesteps": list(store.timesteps),
+        "fingerprint": store.provenance.fingerprint,
+    }
+
+
+def show(result: dict[str, Any]) -> str:
+    lines = [f"{result['images']:,} images in {result['store']} (fingerprint {result['fingerprint']})"]
+    lines += [f"skipped {entry['source']}: {entry['reason']}" for entry in result["skipped"]]
+    return "\n".join(lines)

@@ -1,0 +1,107 @@
+"""Options from config classes, read from their source without importing it: `--help` must not load torch."""
+
+import argparse
+import ast
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of a config class."""
+
+    name: str
+    annotation: str
+    default: Any
+    help: str
+
+
+@cache
+def fields_of(source: str, class_name: str) -> tuple[Option, ...]:
+    """Fields of a config class: name, annotation, default, and the docstring below it or its line under `Args:`."""
+    tree = ast.parse((PACKAGE / source).read_text(encoding="utf-8"))
+    (body,) = [n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name]
+    described = _args_section(body)
+    options = []
+    for node, following in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        text = ast.get_docstring(ast.Module([following], [])) if isinstance(following, ast.Expr) else None
+        # defaults are literals, or small sums of them such as 1 / 32
+        default = eval(compile(ast.Expression(node.value), source, "eval"), {}) if node.value else None  # noqa: S307
+        name = node.target.id
+        options.append(Option(name, ast.unparse(node.annotation), default, text or described.get(name, "")))
+    return tuple(options)
+
+
+def _args_section(body: list[ast.stmt]) -> dict[str, str]:
+    text = ast.get_docstring(ast.Module(body[:1], [])) or ""
+    found: dict[str, str] = {}
+    name = None
+    for line in text.partition("Args:\n")[2].splitlines():
+        indent = len(line) - len(line.lstrip())
+        if indent == 4 and ":" in line:
+            name, _, rest = line.strip().partition(": ")
+            found[name] = rest
+        elif name and indent > 4:
+            found[name] += " " + line.strip()
+        else:
+            break
+    return found
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def _parser_of(annotation: str) -> Any:
+    base = annotation.removesuffix(" | None")
+    if base.startswith("tuple["):
+        base = base[6:].split(",")[0]
+    convert: Any = {"int": int, "float": float, "str": str}.get(base, _number)
+    if not annotation.endswith("| None"):
+        return convert
+
+    def optional(text: str) -> Any:
+        return None if text.lower() == "none" else convert(text)
+
+    optional.__name__ = base  # named in argparse's message
+    return optional
+
+
+def add_options(
+    parser: argparse.ArgumentParser, title: str, source: str, class_name: str, leave_out: Iterable[str] = ()
+) -> None:
+    """An option for each field; those not given stay absent, so that defaults are the config's own."""
+    group = parser.add_argument_group(title)
+    for option in fields_of(source, class_name):
+        if option.name in leave_out:
+            continue
+        flag = "--" + option.name.replace("_", "-")
+        default = " ".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
+        text = f"{option.help} (default: {default!r})".replace("%", "%%")
+        if option.annotation == "bool":
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            many = {"nargs": "+"} if option.annotation.startswith("tuple") else {}
+            kind = _parser_of(option.annotation)
+            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar="…", help=text, **many)
+
+
+def given(args: argparse.Namespace, source: str, class_name: str, leave_out: Iterable[str] = ()) -> dict[str, Any]:
+    """The options of a config class that were given, on the command line or in --config."""
+    names = [o.name for o in fields_of(source, class_name) if o.name not in leave_out]
+    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+EXTRACTOR = ("provenance.py", "ExtractorConfig")
+SAE = ("sae/configuration.py", "KSparseAutoencoderConfig")
+SAE_TRAINING = ("sae/training_args.py", "SAETrainingArguments")
+PROBE = ("probes/configuration.py", "DiffusionProbeConfig")
+PROBE_TRAINING = ("probes/training_args.py", "ProbeTrainingArguments")

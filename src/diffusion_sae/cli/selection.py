@@ -1,0 +1,22 @@
+"""`--layer` and `--timestep`: which features of a store; not needed where it has one."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..features import FeatureSet, FeatureStore
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layer", help="layer of the store (default: its only one)")
+    parser.add_argument("--timestep", type=int, help="timestep of the store (default: its only one)")
+
+
+def _only(name: str, given: Any, values: tuple[Any, ...]) -> Any:
+    if given is None and len(values) > 1:
+        raise ValueError(f"The store holds several: choose --{name} from {', '.join(map(str, values))}.")
+    return values[0] if given is None else given
+
+
+def select(store: "FeatureStore", args: argparse.Namespace) -> "FeatureSet":
+    return store.select(_only("layer", args.layer, store.layers), _only("timestep", args.timestep, store.timesteps))
