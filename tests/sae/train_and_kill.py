@@ -91,9 +91,12 @@ def main() -> None:
     finish(start(train, folder / "undisturbed", save_steps))
     duration = time.monotonic() - started
     rng, progress = random.Random(seed), []
-    while len(progress) < kills:
+    end = progress_of(folder / "undisturbed")
+    for at_least in sorted(rng.uniform(0, 0.8 * end) for _ in range(kills)):
         pid = start(train, folder / "killed", save_steps)
-        time.sleep(rng.uniform(0.05, 1.4 / (kills + 1)) * duration)
+        while progress_of(folder / "killed") < at_least - save_steps and os.waitpid(pid, os.WNOHANG) == (0, 0):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1) * duration)
         os.kill(pid, signal.SIGKILL)
         if not os.WIFSIGNALED(os.waitpid(pid, 0)[1]):
             sys.exit(f"the training ended before it was killed {len(progress) + 1} times")

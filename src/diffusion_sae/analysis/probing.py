@@ -39,6 +39,12 @@ class ProbeScore:
     l2: float
     """The strength chosen on validation."""
 
+    @property
+    def test_accuracy(self) -> float:
+        if self.test is None:
+            raise ValueError("No test rows were given to this probe.")
+        return self.test
+
 
 def fit_linear(train: FeatureSet, validation: FeatureSet, test: FeatureSet | None = None, **args: Any) -> ProbeScore:
     """A linear probe with the L2 strength chosen on validation; `test` is measured once, after that."""

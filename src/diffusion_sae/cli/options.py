@@ -19,6 +19,7 @@ class Option:
     annotation: str
     default: Any
     help: str
+    required: bool
 
 
 @cache
@@ -35,7 +36,7 @@ def fields_of(source: str, class_name: str) -> tuple[Option, ...]:
         # defaults are literals, or small sums of them such as 1 / 32
         default = eval(compile(ast.Expression(node.value), source, "eval"), {}) if node.value else None  # noqa: S307
         name = node.target.id
-        options.append(Option(name, ast.unparse(node.annotation), default, text or described.get(name, "")))
+        options.append(Option(name, ast.unparse(node.annotation), default, text or described.get(name, ""), node.value is None))
     return tuple(options)
 
 
@@ -84,7 +85,8 @@ def add_options(
             continue
         flag = "--" + option.name.replace("_", "-")
         default = " ".join(map(str, option.default)) if isinstance(option.default, tuple) else option.default
-        text = f"{option.help} (default: {default!r})".replace("%", "%%")
+        text = option.help + (" (required)" if option.required else f" (default: {default!r})")
+        text = text.replace("%", "%%")
         if option.annotation == "bool":
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:

@@ -1,0 +1,165 @@
+"""The main job on the embedded model: images → features → k-SAE and probe → a page."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..analysis.probing import class_config, fit_linear, latent_features, layer_timestep_scores, pixel_features
+from ..extraction.extractor import DiffusionFeatureExtractor
+from ..extraction.sources import open_images
+from ..features import FeatureSet, FeatureStore
+from ..probes.configuration import DiffusionProbeConfig
+from ..probes.modeling import DiffusionProbe
+from ..probes.trainer import ProbeTrainer
+from ..probes.training_args import ProbeTrainingArguments
+from ..sae.configuration import KSparseAutoencoderConfig
+from ..sae.modeling import KSparseAutoencoder
+from ..sae.trainer import SAETrainer
+from ..sae.training_args import SAETrainingArguments
+from ..zoo import IMAGES
+from .build import find_latents, provenance_rows, sae_figures, sample_predictions
+from .page import Baseline, LayerGrid, PageData, write_page
+
+MODEL, LAYER, TIMESTEP = "tiny-sd", "up_ft1", 50
+GRID_LAYERS = ("down_ft2", "bottleneck", "up_ft0", "up_ft1", "up_ft2")
+GRID_TIMESTEPS = (25, 50, 200, 500)
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much of the data and training the demo uses."""
+
+    images: int | None = None
+    """Images of each split; None: all."""
+    epochs: float = 12.0
+    grid_layers: tuple[str, ...] = GRID_LAYERS
+    grid_timesteps: tuple[int, ...] = GRID_TIMESTEPS
+
+
+QUICK = DemoSize(images=100, epochs=2.0, grid_layers=("bottleneck", LAYER), grid_timesteps=(TIMESTEP, 500))
+
+
+@contextmanager
+def _stage(bar: tqdm, name: str) -> Iterator[None]:
+    bar.set_description(name)
+    yield
+    bar.update()
+
+
+def run_demo(output_dir: str | Path, size: DemoSize | None = None) -> dict[str, Any]:
+    """Everything from packaged images to a page; stores and the SAE's training resume after a kill.
+
+    The layer and timestep are those of the embedded artifacts; the grid shows what a choice on validation would see.
+    """
+    size, folder = size or DemoSize(), Path(output_dir)
+    with tqdm(total=6, unit="stage") as bar:
+        with _stage(bar, "features of every layer and timestep"):
+            grid = _extract(folder / "grid", size, ("train", "validation"), size.grid_layers, size.grid_timesteps)
+        with _stage(bar, "probes over layers and timesteps"):
+            scores = layer_timestep_scores(grid["train"], grid["validation"])
+        with _stage(bar, "k-SAE"):
+            sae, tokens = _train_sae(folder, size)
+        with _stage(bar, "probe"):
+            probe, accuracy, test = _train_probe(folder, size)
+        with _stage(bar, "baselines"):
+            baselines = _baselines(folder, size)
+        with _stage(bar, "page"):
+            findings = find_latents(sae, tokens, _images("validation", size))
+            page = PageData(
+                title=f"{MODEL}: what {LAYER} sees at t = {TIMESTEP}",
+                subtitle="A small Stable Diffusion trained on Fashion-MNIST, its features, and what they know.",
+                figures=sae_figures(sae, tokens, findings),
+                baselines=[
+                    Baseline(f"{LAYER}, t = {TIMESTEP}", accuracy, note="linear probe, mean-pooled", highlight=True),
+                    *(Baseline(name, value) for name, value in baselines.items()),
+                ],
+                grid=LayerGrid(
+                    layers=list(size.grid_layers),
+                    timesteps=list(size.grid_timesteps),
+                    accuracy=[[scores[layer, t].validation for t in size.grid_timesteps] for layer in size.grid_layers],
+                    chosen=(LAYER, TIMESTEP),
+                    baseline=None,
+                    caption="Validation accuracy of a linear probe on mean-pooled features. Outlined: the cell of this page.",
+                ),
+                latents=findings.panels,
+                shuffled_purity=findings.shuffled_purity,
+                predictions=sample_predictions(probe, test, _images("test", size), 12),
+                provenance=provenance_rows(sae.provenance),
+                commands=["diffusion-sae demo"],
+            )
+            write_page(folder / "index.html", page)
+    return {
+        "figures": {figure.label: figure.value for figure in page.figures},
+        "label_purity": findings.purity,
+        "label_purity_shuffled": findings.shuffled_purity,
+        "probe_accuracy": accuracy,
+        "baselines": baselines,
+        "sae": str(folder / "sae"),
+        "probe": str(folder / "probe"),
+        "page": str((folder / "index.html").resolve()),
+    }
+
+
+def _images(split: str, size: DemoSize) -> Any:
+    return open_images(IMAGES, split).first(size.images)
+
+
+def _extract(
+    folder: Path, size: DemoSize, splits: tuple[str, ...], layers: tuple[str, ...], timesteps: tuple[int, ...], **settings: Any
+) -> dict[str, FeatureStore]:
+    extractor = DiffusionFeatureExtractor.from_pretrained(MODEL, layers=layers, timesteps=timesteps, **settings)
+    return {
+        split: extractor.extract(IMAGES, folder / split, split=split, batch_size=100, limit=size.images) for split in splits
+    }
+
+
+def _train_sae(folder: Path, size: DemoSize) -> tuple[KSparseAutoencoder, FeatureSet]:
+    stores = _extract(folder / "tokens", size, ("train", "validation"), (LAYER,), (TIMESTEP,), pooling="tokens")
+    train, validation = (stores[s].select(LAYER, TIMESTEP) for s in ("train", "validation"))
+    sae = KSparseAutoencoder(KSparseAutoencoderConfig(d_in=train.d_in, expansion_factor=16, k=16))
+    args = SAETrainingArguments(
+        output_dir=str(folder / "sae"),
+        learning_rate=1e-3,
+        warmup_steps=50,
+        batch_size=1024,
+        num_train_epochs=size.epochs,
+        dead_after_rows=100_000,
+        save_steps=200,
+    )
+    SAETrainer(sae, train, args, eval_features=validation).train()
+    return sae, validation
+
+
+def _train_probe(folder: Path, size: DemoSize) -> tuple[DiffusionProbe, float, FeatureSet]:
+    sets = _one_cell(folder, size)
+    probe = DiffusionProbe(DiffusionProbeConfig(d_in=sets["train"].d_in, **class_config(sets["train"])))
+    args = ProbeTrainingArguments(output_dir=str(folder / "probe"))
+    trainer = ProbeTrainer(probe, sets["train"], args, validation_features=sets["validation"])
+    trainer.train(progress=False)
+    accuracy = trainer.evaluate(sets["test"]).accuracy
+    trainer.save()
+    return probe, accuracy, sets["test"]
+
+
+def _one_cell(folder: Path, size: DemoSize, **settings: Any) -> dict[str, FeatureSet]:
+    """Mean-pooled features of the page's layer and timestep in all splits."""
+    name = "random" if settings else "pooled"
+    stores = _extract(folder / name, size, ("train", "validation", "test"), (LAYER,), (TIMESTEP,), **settings)
+    return {split: store.select(LAYER, TIMESTEP) for split, store in stores.items()}
+
+
+def _baselines(folder: Path, size: DemoSize) -> dict[str, float]:
+    """Test accuracy of the same probe on less: pixels, VAE latents, the same network with random weights."""
+    splits = ("train", "validation", "test")
+    extractor = DiffusionFeatureExtractor.from_pretrained(MODEL, layers=(LAYER,), timesteps=(TIMESTEP,))
+    sides = extractor.backbone.image_size
+    sets = {
+        "raw pixels": [pixel_features(_images(s, size), sides) for s in splits],
+        "VAE latents": [latent_features(extractor, _images(s, size)) for s in splits],
+        "random weights": list(_one_cell(folder, size, random_weights=True).values()),
+    }
+    return {name: fit_linear(*three).test_accuracy for name, three in sets.items()}
