@@ -73,6 +73,8 @@ def _quiet() -> None:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # waiting threads that spin take the cores from whatever else runs
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     import datasets
     import transformers
