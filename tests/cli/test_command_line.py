@@ -1,0 +1,152 @@
+"""The command line as its user has it: real processes, real files."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from diffusion_sae.cli import options
+from diffusion_sae.cli.main import COMMANDS, main
+
+BINARY = Path(sys.executable).parent / "diffusion-sae"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([BINARY, *arguments], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_answers_without_loading_torch(command: str) -> None:
+    code = (
+        "import sys; sys.argv = ['diffusion-sae', sys.argv[1], '--help']\n"
+        "from diffusion_sae.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'transformers', 'diffusers', 'datasets'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--json" in done.stdout
+
+
+def test_help_takes_less_than_a_second() -> None:
+    run("train", "--help")
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        assert run("train", "--help").returncode == 0
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1
+
+
+def test_options_are_the_fields_of_the_configs() -> None:
+    import dataclasses
+
+    from diffusion_sae import (
+        DiffusionProbeConfig,
+        KSparseAutoencoderConfig,
+        ProbeTrainingArguments,
+        SAETrainingArguments,
+    )
+    from diffusion_sae.provenance import ExtractorConfig
+
+    plain = {
+        options.EXTRACTOR: ExtractorConfig,
+        options.SAE_TRAINING: SAETrainingArguments,
+        options.PROBE_TRAINING: ProbeTrainingArguments,
+    }
+    for source, config in plain.items():
+        read = {option.name: option.default for option in options.fields_of(*source) if not option.required}
+        assert read == {
+            f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING
+        }
+        assert all(option.help for option in options.fields_of(*source))
+    for source, config in ((options.SAE, KSparseAutoencoderConfig(d_in=4)), (options.PROBE, DiffusionProbeConfig(d_in=4))):
+        assert all(hasattr(config, option.name) and option.help for option in options.fields_of(*source))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "store"
+    arguments = ["extract", "fashion-mnist-mini", str(folder), "--layers", "up_ft1", "--timesteps", "50", "--limit", "60"]
+    assert main([*arguments, "--json"]) == 0
+    return folder
+
+
+def test_extract_train_probe_report(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "train.yaml"
+    config.write_text("k: 4\nexpansion_factor: 2\nmax_steps: 30\nbatch_size: 16\n")
+    sae, probe, page = (str(tmp_path / name) for name in ("sae", "probe", "page.html"))
+    assert main(["train", str(store), "--output-dir", sae, "--config", str(config), "--max-steps", "5", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["k"] == 4
+    assert result["num_latents"] == 192
+    assert result["steps"] == 5  # the command line comes before the file
+    assert main(["probe", str(store), "--test-store", str(store), "--output-dir", probe, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test_accuracy"] > 0.5  # it has seen these rows
+    assert json.loads((tmp_path / "probe/metrics.json").read_text())["test"]["rows"] == 60
+    assert main(["report", sae, str(store), "fashion-mnist-mini", page]) == 0
+    assert "FVU" in capsys.readouterr().out
+    assert "up_ft1" in Path(page).read_text()
+
+
+def test_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layers", "tiny-sd"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[2:]] == [
+        *(f"down_ft{i}" for i in range(4)),
+        "bottleneck",
+        *(f"up_ft{i}" for i in range(4)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["layers", "nope"], "'nope' is no folder, no Hub id"),
+        (["extract", "/nowhere", "{tmp}/s"], "/nowhere|does not exist|doesn't exist|Couldn't"),
+        (["extract", "fashion-mnist-mini", "{tmp}/s", "--split", "dev"], "no split 'dev'"),
+        (["extract", "fashion-mnist-mini", "{tmp}/s", "--layers", "up_ft9"], "no layer 'up_ft9'"),
+        (["extract", "fashion-mnist-mini", "{tmp}/s", "--timesteps", "1000"], "in 0…999, got 1000"),
+        (["train", "{store}", "--output-dir", "{tmp}/o", "--k", "900000"], "k must be at most"),
+        (["train", "{tmp}/none", "--output-dir", "{tmp}/o"], "no feature store"),
+        (["train", "{store}"], "needs output_dir"),
+        (["train", "{store}", "--output-dir", "{tmp}/o", "--layer", "mid"], "layer must be one of 'up_ft1'"),
+        (["train", "{store}", "--config", "{yaml}"], r"does not know 'kk' \(did you mean 'k'\?\)"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_1(
+    arguments: list[str], message: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    yaml = tmp_path / "bad.yaml"
+    yaml.write_text("kk: 4\n")
+    filled = [a.format(tmp=tmp_path, store=store, yaml=yaml) for a in arguments]
+    assert main(filled) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert re.search(message, err), err
+    assert not (tmp_path / "s" / "manifest.json").exists()
+    assert not (tmp_path / "o").exists()
+
+
+def test_wrong_options_exit_with_2() -> None:
+    done = run("train", "store", "--nonsense")
+    assert done.returncode == 2
+    assert "--nonsense" in done.stderr
+
+
+def test_demo_quick(tmp_path: Path) -> None:
+    done = run("demo", "--quick", "--output-dir", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result["baselines"]) == {"raw pixels", "VAE latents", "random weights"}
+    assert result["probe_accuracy"] > 0.4  # chance is 0.1
+    assert result["label_purity"] > result["label_purity_shuffled"]
+    page = Path(result["page"]).read_text()
+    assert "data:image/png;base64," in page
+    assert f"{result['probe_accuracy']:.1%}" in page

@@ -1,0 +1,43 @@
+"""The examples run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=EXAMPLES.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "lines"), [("01_features.py", 4), ("02_latents.py", 3), ("03_probe.py", 3)]
+)
+def test_numbered_examples(script: str, lines: int) -> None:
+    assert len(run(str(EXAMPLES / script)).strip().splitlines()) == lines
+
+
+@pytest.mark.slow
+def test_training_script_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    """Stopped after the VAE and gone on with, the run ends with the very files of an undisturbed one."""
+    script = str(EXAMPLES / "train_tiny_diffusion.py")
+    run(script, "--quick", "--threads", "1", "--out", str(tmp_path / "whole"))
+    run(script, "--quick", "--threads", "1", "--out", str(tmp_path / "parts"), "--stages", "vae")
+    run(script, "--quick", "--threads", "1", "--out", str(tmp_path / "parts"), "--stages", "tiny-sd")
+    run(script, "--quick", "--threads", "1", "--out", str(tmp_path / "parts"))
+    for name in ("tiny-sd.safetensors", "tiny-dit.safetensors", "tiny-sd-samples.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_evidence_script_runs(tmp_path: Path) -> None:
+    run(str(EXAMPLES / "evidence.py"), "--quick", "--out", str(tmp_path / "evidence.json"))
+    results = json.loads((tmp_path / "evidence.json").read_text())["results"]
+    assert set(results) == {"raw_pixels", "vae_latents", "trained", "random_weights"}
+    assert all(len(r["runs"]) == 5 for r in results.values())

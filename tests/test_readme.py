@@ -1,0 +1,54 @@
+"""README's code runs, and its numbers are those of the committed results."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_python_blocks_run_in_order(tmp_path: Path) -> None:
+    code = "\n".join(blocks("python"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "'label':" in done.stdout
+    assert "up_ft3" in done.stdout
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", blocks("bash")[0], flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_command_line_block_runs(tmp_path: Path) -> None:
+    lines = blocks("bash")[1].strip().splitlines()
+    assert len(lines) == 5
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        done = subprocess.run(
+            [Path(sys.executable).parent / program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (line, done.stderr[-2000:])
+    assert (tmp_path / "runs/cli/sae.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("model", ["tiny-sd", "tiny-dit"])
+def test_evidence_table_is_the_committed_result(model: str) -> None:
+    path = ROOT / f"docs/results/evidence-{model}.json"
+    results = json.loads(path.read_text())["results"]
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| {model} ")]
+    numbers = re.findall(r"(\d+\.\d) ± (\d+\.\d)", row)
+    names = ("trained", "raw_pixels", "vae_latents", "random_weights")
+    expected = [(f"{100 * results[n]['test_mean']:.1f}", f"{100 * results[n]['test_std']:.1f}") for n in names]
+    assert numbers == expected
