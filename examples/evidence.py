@@ -93,7 +93,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny-sd", choices=sorted(LAYERS))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="200 images a split, 2 × 2 cells: the same path, for tests")
+    parser.add_argument(
+        "--quick", action="store_true", help="200 images a split, 2 × 2 cells: the same path, for tests"
+    )
     args = parser.parse_args()
     started = time.time()
     extractor = DiffusionFeatureExtractor.from_pretrained(args.model)

@@ -11,14 +11,14 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=EXAMPLES.parent)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=EXAMPLES.parent
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    ("script", "lines"), [("01_features.py", 4), ("02_latents.py", 3), ("03_probe.py", 3)]
-)
+@pytest.mark.parametrize(("script", "lines"), [("01_features.py", 4), ("02_latents.py", 3), ("03_probe.py", 3)])
 def test_numbered_examples(script: str, lines: int) -> None:
     assert len(run(str(EXAMPLES / script)).strip().splitlines()) == lines
 

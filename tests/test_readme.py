@@ -37,7 +37,11 @@ def test_command_line_block_runs(tmp_path: Path) -> None:
     for line in lines:
         program, *arguments = shlex.split(line)
         done = subprocess.run(
-            [Path(sys.executable).parent / program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+            [Path(sys.executable).parent / program, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, (line, done.stderr[-2000:])
     assert (tmp_path / "runs/cli/sae.html").stat().st_size > 10_000

@@ -60,18 +60,29 @@ def test_options_are_the_fields_of_the_configs() -> None:
     }
     for source, config in plain.items():
         read = {option.name: option.default for option in options.fields_of(*source) if not option.required}
-        assert read == {
-            f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING
-        }
+        assert read == {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
         assert all(option.help for option in options.fields_of(*source))
-    for source, config in ((options.SAE, KSparseAutoencoderConfig(d_in=4)), (options.PROBE, DiffusionProbeConfig(d_in=4))):
+    for source, config in (
+        (options.SAE, KSparseAutoencoderConfig(d_in=4)),
+        (options.PROBE, DiffusionProbeConfig(d_in=4)),
+    ):
         assert all(hasattr(config, option.name) and option.help for option in options.fields_of(*source))
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "store"
-    arguments = ["extract", "fashion-mnist-mini", str(folder), "--layers", "up_ft1", "--timesteps", "50", "--limit", "60"]
+    arguments = [
+        "extract",
+        "fashion-mnist-mini",
+        str(folder),
+        "--layers",
+        "up_ft1",
+        "--timesteps",
+        "50",
+        "--limit",
+        "60",
+    ]
     assert main([*arguments, "--json"]) == 0
     return folder
 

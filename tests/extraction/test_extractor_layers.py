@@ -185,7 +185,9 @@ def test_the_pipeline_still_generates_afterwards(tiny_sd_pipeline, make_sd_extra
         ).images
 
     before = generate()
+    tiny_sd_pipeline.scheduler.set_timesteps(7)
     make_sd_extractor(layers="up_ft0", prompt="a shoe")(images[0])
+    assert len(tiny_sd_pipeline.scheduler.timesteps) == 7
     assert torch.equal(generate(), before)
 
 

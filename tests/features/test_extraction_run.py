@@ -180,7 +180,7 @@ def test_a_broken_image_stops_the_run_and_is_named(extract, broken_folder, tmp_p
     assert list((tmp_path / "store").glob("shard-*")) == []
 
 
-@pytest.mark.parametrize(("batch_size", "shard_size"), [(1, 100), (4, 4), (2, 3)])
+@pytest.mark.parametrize(("batch_size", "shard_size"), [(1, 100), (4, 4), (2, 3), (15, 100)])
 def test_skipped_images_do_not_shift_the_labels(extract, broken_folder, undisturbed, tmp_path, batch_size, shard_size):
     store = extract(broken_folder, tmp_path / "store", batch_size=batch_size, shard_size=shard_size, skip_broken=True)
     expected = FeatureStore(undisturbed)

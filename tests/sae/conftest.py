@@ -27,4 +27,6 @@ def superposition() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def provenance() -> Provenance:
-    return Provenance(model="owner/model", layers=("up_ft1",), timesteps=(25,), image_size=64, weights="0123456789abcdef")
+    return Provenance(
+        model="owner/model", layers=("up_ft1",), timesteps=(25,), image_size=64, weights="0123456789abcdef"
+    )

@@ -113,7 +113,7 @@ def test_a_config_file_with_missing_or_unknown_keys_is_refused(content: dict[str
 def test_a_config_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="of the kind 'bert', not 'k-sparse-autoencoder'"):
         KSparseAutoencoderConfig.from_dict({"model_type": "bert", "d_in": 10})
-    with pytest.raises(ValueError, match="no config.json, or it names no model_type"):
+    with pytest.raises(ValueError, match=r"no config\.json, or it names no model_type"):
         KSparseAutoencoderConfig.from_dict({"d_in": 10})
 
 

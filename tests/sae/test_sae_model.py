@@ -171,7 +171,9 @@ def test_loss_and_all_gradients_equal_dense_autograd(
         gradient = getattr(sae, name).grad
         assert gradient is not None
         assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(gradient, copy.grad, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient, copy.grad, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_latents_in_another_order_reconstruct_the_same(sae: KSparseAutoencoder, features: Tensor) -> None:
@@ -219,7 +221,7 @@ class TestAuxK:
 
     @pytest.fixture
     def planted(self) -> tuple[KSparseAutoencoder, Tensor, Tensor]:
-        """What the one alive latent leaves over is exactly what the dead ones write: direction 1, and b_dec is far off."""
+        """What the alive latent leaves over is exactly what the dead ones write: direction 1; b_dec is far off."""
         sae = KSparseAutoencoder(KSparseAutoencoderConfig(d_in=3, num_latents=3, k=1))
         with torch.no_grad():
             sae.W_dec.copy_(torch.eye(3))
@@ -237,9 +239,7 @@ class TestAuxK:
         assert output.top_indices.flatten().tolist() == [0, 0, 0]
         assert output.auxk_loss.item() == pytest.approx(0, abs=1e-10)
 
-    def test_dead_latents_that_write_nothing_cost_one(
-        self, planted: tuple[KSparseAutoencoder, Tensor, Tensor]
-    ) -> None:
+    def test_dead_latents_that_write_nothing_cost_one(self, planted: tuple[KSparseAutoencoder, Tensor, Tensor]) -> None:
         sae, features, dead = planted
         with torch.no_grad():
             sae.b_enc[1:] = -100.0

@@ -16,9 +16,9 @@ import traceback
 from pathlib import Path
 
 import torch
-from conftest import draw_superposition
 from safetensors import safe_open
 
+from conftest import draw_superposition
 from diffusion_sae import (
     DiffusionProbe,
     DiffusionProbeConfig,

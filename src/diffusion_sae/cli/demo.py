@@ -8,7 +8,9 @@ from .tables import table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", default="runs/demo", help="folder for all results (default: runs/demo)")
-    parser.add_argument("--quick", action="store_true", help="100 images a split and a short training, for a first look")
+    parser.add_argument(
+        "--quick", action="store_true", help="100 images a split and a short training, for a first look"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

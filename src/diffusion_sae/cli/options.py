@@ -34,9 +34,11 @@ def fields_of(source: str, class_name: str) -> tuple[Option, ...]:
             continue
         text = ast.get_docstring(ast.Module([following], [])) if isinstance(following, ast.Expr) else None
         # defaults are literals, or small sums of them such as 1 / 32
-        default = eval(compile(ast.Expression(node.value), source, "eval"), {}) if node.value else None  # noqa: S307
+        default = eval(compile(ast.Expression(node.value), source, "eval"), {}) if node.value else None
         name = node.target.id
-        options.append(Option(name, ast.unparse(node.annotation), default, text or described.get(name, ""), node.value is None))
+        options.append(
+            Option(name, ast.unparse(node.annotation), default, text or described.get(name, ""), node.value is None)
+        )
     return tuple(options)
 
 

@@ -41,7 +41,9 @@ def _spread_over_labels(order: Sequence[int], labels: Sequence[int], count: int)
     return [entries[turn] for turn in range(turns) for entries in by_label.values() if turn < len(entries)][:count]
 
 
-def find_latents(sae: KSparseAutoencoder, features: FeatureSet, source: ImageSource, panels: int = 24) -> LatentFindings:
+def find_latents(
+    sae: KSparseAutoencoder, features: FeatureSet, source: ImageSource, panels: int = 24
+) -> LatentFindings:
     """Statistics of the latents on the images that `features` were extracted from.
 
     Args:
@@ -53,19 +55,30 @@ def find_latents(sae: KSparseAutoencoder, features: FeatureSet, source: ImageSou
     if features.image_labels is None:
         raise ValueError("Naming latents needs labelled images: extract from class folders or a labelled data set.")
     if len(source) != features.num_images:
-        raise ValueError(f"The store has {features.num_images} images, the data {len(source)}: give those it was made of.")
+        raise ValueError(
+            f"The store has {features.num_images} images, the data {len(source)}: give those it was made of."
+        )
     statistics = latent_statistics(sae, features, TOP_IMAGES)
     labels = features.image_labels
     purity = label_purity(statistics, labels)
     shuffled = label_purity(statistics, shuffled_labels(labels))
     rank = sorted(
-        range(len(purity.latents)), key=lambda i: (-purity.purity[i].item(), -statistics.max_acts[purity.latents[i]].item())
+        range(len(purity.latents)),
+        key=lambda i: (-purity.purity[i].item(), -statistics.max_acts[purity.latents[i]].item()),
     )
     chosen = _spread_over_labels(rank, purity.label.tolist(), panels)
     names = features.class_names or [str(i) for i in range(int(labels.max()) + 1)]
     return LatentFindings(
         panels=[
-            _panel(statistics, int(purity.latents[i]), names[int(purity.label[i])], purity.purity[i].item(), names, source, labels)
+            _panel(
+                statistics,
+                int(purity.latents[i]),
+                names[int(purity.label[i])],
+                purity.purity[i].item(),
+                names,
+                source,
+                labels,
+            )
             for i in chosen
         ],
         purity=purity.mean,
@@ -113,7 +126,9 @@ def sae_figures(sae: KSparseAutoencoder, features: FeatureSet, findings: LatentF
     ]
 
 
-def sample_predictions(probe: DiffusionProbe, features: FeatureSet, source: ImageSource, count: int) -> list[Prediction]:
+def sample_predictions(
+    probe: DiffusionProbe, features: FeatureSet, source: ImageSource, count: int
+) -> list[Prediction]:
     """What the probe says of the first images."""
     scores = probe.predict(features[:count]).softmax(1)
     names = [probe.config.id2label[i] for i in range(probe.config.num_labels)]

@@ -109,11 +109,17 @@ def _images(split: str, size: DemoSize) -> Any:
 
 
 def _extract(
-    folder: Path, size: DemoSize, splits: tuple[str, ...], layers: tuple[str, ...], timesteps: tuple[int, ...], **settings: Any
+    folder: Path,
+    size: DemoSize,
+    splits: tuple[str, ...],
+    layers: tuple[str, ...],
+    timesteps: tuple[int, ...],
+    **settings: Any,
 ) -> dict[str, FeatureStore]:
     extractor = DiffusionFeatureExtractor.from_pretrained(MODEL, layers=layers, timesteps=timesteps, **settings)
     return {
-        split: extractor.extract(IMAGES, folder / split, split=split, batch_size=100, limit=size.images) for split in splits
+        split: extractor.extract(IMAGES, folder / split, split=split, batch_size=100, limit=size.images)
+        for split in splits
     }
 
 
