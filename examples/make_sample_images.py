@@ -1,5 +1,7 @@
-"""Make the packaged sample images: 4,000 train and 1,000 validation images from Fashion-MNIST's official training split,
-1,000 test images from its official test split, class-balanced, in Parquet with the schema that `datasets` reads.
+"""Make the packaged sample images, class-balanced, in Parquet with the schema that `datasets` reads.
+
+4,000 train and 1,000 validation images from Fashion-MNIST's official training split, 1,000 test images from its
+official test split.
 
     python examples/make_sample_images.py
 """

@@ -15,7 +15,6 @@ import argparse
 import gzip
 import json
 import math
-import os
 import time
 import zlib
 from collections.abc import Callable
@@ -51,15 +50,15 @@ TEMPLATES = [
 ]
 NULL_CLASS = 1000  # what DiTPipeline uses for guidance, so the label table has 1001 rows as in DiT-XL/2
 # Stable Diffusion's schedule. The DiT uses the same, so that a timestep is the same noise level in both models.
-SCHEDULE = dict(
-    num_train_timesteps=1000,
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 
 
@@ -86,7 +85,7 @@ def load_fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
 
 
 def step_generator(seed: int, *names: object) -> torch.Generator:
-    """A generator that depends on its arguments alone: two steps never share noise, and a resumed step repeats its own."""
+    """A generator that depends on its arguments alone, so that a resumed step repeats its own noise."""
     return torch.Generator().manual_seed(zlib.crc32(repr((seed, *names)).encode()))
 
 
@@ -127,16 +126,16 @@ class Stage:
             state |= {f"exp_avg.{i}": moments["exp_avg"], f"exp_avg_sq.{i}": moments["exp_avg_sq"]}
         temporary = self.checkpoint.with_suffix(".tmp")
         save_file({k: v.contiguous() for k, v in state.items()}, temporary)
-        os.replace(temporary, self.checkpoint)
+        temporary.replace(self.checkpoint)
 
     def _log(self, **values: float) -> None:
         line = {"stage": self.name, "step": self.step, **{k: round(v, 6) for k, v in values.items()}}
-        with open(self.args.out / "training_log.jsonl", "a") as log:
+        with (self.args.out / "training_log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
         tqdm.write(json.dumps(line))
 
     def run(self, loss_of_step: Callable[[int], Tensor], fixed_loss: Callable[[nn.Module], Tensor]) -> nn.Module:
-        """Train to the end; `fixed_loss` has the same images, noise and timesteps at each call, on the averaged weights."""
+        """Train to the end; `fixed_loss` sees the same images, noise and timesteps at each call, on averaged weights."""
         warmup = min(500, self.steps // 10 + 1)
         losses: list[float] = []
         started, first = time.time(), self.step
@@ -209,7 +208,7 @@ def encode_all(vae: AutoencoderKL, images: Tensor, args: argparse.Namespace) -> 
         std = torch.cat([p.std for p in posteriors]).contiguous()
         scale = 1 / (mean.var() + (std**2).mean()).sqrt()
         save_file({"mean": mean * scale, "std": std * scale, "scale": scale.clone()}, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        path.with_suffix(".tmp").replace(path)
     state = load_file(path)
     vae.register_to_config(scaling_factor=float(state["scale"]))
     return state["mean"], state["std"]
@@ -362,7 +361,7 @@ def export(
     dit_pipeline = DiTPipeline.from_pretrained(args.out / "tiny-dit", dtype=torch.float32)
     for pipeline in (sd_pipeline, dit_pipeline):
         pipeline.set_progress_bar_config(disable=True)
-    common = dict(guidance_scale=3.0, num_inference_steps=steps)
+    common = {"guidance_scale": 3.0, "num_inference_steps": steps}
     sample_grid(
         lambda c, g: sd_pipeline([f"a photo of a {CLASSES[c]}"] * 8, generator=g, **common).images,
         args.out / "tiny-sd-samples.png",

@@ -1,4 +1,4 @@
-"""Making the artifacts known to transformers: AutoConfig, AutoModel, AutoImageProcessor, pipeline("diffusion-probe")."""
+"""Making the artifacts known to transformers: Auto classes and pipeline("diffusion-probe")."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY

@@ -273,7 +273,7 @@ class TestWhatIsSaved:
 
 
 class TestResuming:
-    """Of runs that were killed: test_sae_resume.py. Here: of which runs."""
+    """Of runs that were killed: test_resume_after_kill.py. Here: of which runs."""
 
     def test_a_finished_run_is_not_trained_again(self, superposition: Callable[..., Tensor], tmp_path: Path) -> None:
         first, again, steps = make_sae(), make_sae(), []

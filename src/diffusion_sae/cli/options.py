@@ -92,7 +92,7 @@ def add_options(
         if option.annotation == "bool":
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            many = {"nargs": "+"} if option.annotation.startswith("tuple") else {}
+            many: dict[str, Any] = {"nargs": "+"} if option.annotation.startswith("tuple") else {}
             kind = _parser_of(option.annotation)
             group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar="…", help=text, **many)
 

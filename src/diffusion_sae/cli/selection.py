@@ -1,6 +1,7 @@
 """`--layer` and `--timestep`: which features of a store; not needed where it has one."""
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timestep", type=int, help="timestep of the store (default: its only one)")
 
 
-def _only(name: str, given: Any, values: tuple[Any, ...]) -> Any:
+def _only(name: str, given: Any, values: Sequence[Any]) -> Any:
     if given is None and len(values) > 1:
         raise ValueError(f"The store holds several: choose --{name} from {', '.join(map(str, values))}.")
     return values[0] if given is None else given

@@ -44,8 +44,9 @@ class DiffusionBackbone:
             )
         if guidance is not None:
             raise ValueError(f"{type(denoiser).__name__} takes no guidance embedding; leave guidance unset.")
-        self.denoiser: nn.Module = denoiser.eval().requires_grad_(False)
-        self.vae: nn.Module = pipeline.vae.eval().requires_grad_(False)
+        # Any: nn.Modules of diffusers, which pyright sees no config of
+        self.denoiser: Any = denoiser.eval().requires_grad_(False)
+        self.vae: Any = pipeline.vae.eval().requires_grad_(False)
         if getattr(denoiser, "is_cache_enabled", False):
             denoiser.disable_cache()  # a cached block's hook would fire with another step's output
         self.vae_stride = 2 ** (len(self.vae.config.block_out_channels) - 1)

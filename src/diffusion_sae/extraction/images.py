@@ -69,7 +69,9 @@ def load_image(source: Any, name: str | None = None) -> Image.Image:
         and (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (1, 3, 4)))
     ):
         return to_rgb(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
-    shape = f" of shape {tuple(source.shape)} and type {source.dtype}" if hasattr(source, "shape") else ""
+    shape = (
+        f" of shape {tuple(source.shape)} and type {source.dtype}" if isinstance(source, np.ndarray | Tensor) else ""
+    )
     raise ImageError(
         f"Cannot read the image {label!r}: an image cannot be a {type(source).__name__}{shape}. Allowed: {ACCEPTED}."
     )

@@ -3,7 +3,7 @@
 import dataclasses
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -85,7 +85,7 @@ class ArtifactModel(PreTrainedModel):
         """`token`, `cache_dir` and `local_files_only` it was loaded with, for what else it loads."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load from an embedded name, a folder or the Hub; arguments as in transformers.
 
         Raises:
@@ -96,12 +96,13 @@ class ArtifactModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # else transformers raises without naming the tensors
         try:
-            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(
                 f"The weights of {str(pretrained_model_name_or_path)!r} are damaged ({error}). Download or save them "
                 "again."
             ) from error
+        model, info = loaded
         _refuse_loading_problems(str(pretrained_model_name_or_path), info)
         provenance = _find_file(source, EXTRACTOR_CONFIG_NAME, kwargs)
         model.provenance = None if provenance is None else Provenance.load(provenance)

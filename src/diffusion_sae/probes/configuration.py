@@ -50,8 +50,8 @@ class DiffusionProbeConfig(ArtifactConfig):
             return
         if self.id2label is None:
             self.id2label = {number: name for name, number in self.label2id.items()}  # type: ignore[union-attr]
-        self.id2label = {int(number): name for number, name in self.id2label.items()}
-        count, inverse = len(self.id2label), {name: number for number, name in self.id2label.items()}
+        self.id2label = {int(number): name for number, name in (self.id2label or {}).items()}
+        count, inverse = len(self.id2label), {name: number for number, name in (self.id2label or {}).items()}
         check(
             sorted(self.id2label) == list(range(count)) and len(inverse) == count,
             f"id2label must give each class 0…{count - 1} a name of its own, got {self.id2label}.",

@@ -15,12 +15,13 @@ class DiffusionImageProcessor(PilBackend):
         super().__init__(**kwargs)
         self.size = size  # type: ignore[assignment]
 
-    def __call__(self, images: Any, return_tensors: str = "pt", **_: Any) -> BatchFeature:
+    def preprocess(self, images: Any, return_tensors: str = "pt", **_: Any) -> BatchFeature:  # type: ignore[override]
         from .pipeline import preprocess_images
 
         return BatchFeature({"pixel_values": preprocess_images(images, self.size)}, tensor_type=return_tensors)
 
-    preprocess = __call__
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        return self.preprocess(images, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         return {"image_processor_type": type(self).__name__, "size": self.size}

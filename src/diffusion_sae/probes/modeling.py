@@ -26,14 +26,15 @@ class DiffusionProbe(ArtifactModel):
     """
 
     config_class = DiffusionProbeConfig
+    config: Any
     base_model_prefix = "probe"
     main_input_name = "pixel_values"
 
-    def __init__(self, config: DiffusionProbeConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         with torch.random.fork_rng(devices=[]):  # torch's layers draw weights, which `_init_head` replaces
             if config.head == "linear":
-                self.head: nn.Module = LinearHead(config.d_in, config.num_labels)
+                self.head: Any = LinearHead(config.d_in, config.num_labels)
             else:
                 self.head = DiffCHead(config.d_in, config.num_labels, config.width, config.dropout)
         # not a submodule: it is no part of the weights, and building it on the meta device would lose its buffers
@@ -60,11 +61,11 @@ class DiffusionProbe(ArtifactModel):
     @property
     def extractor(self) -> "DiffusionFeatureExtractor":
         """The extraction this probe was trained on, loaded on first use."""
-        if self._extractor is None:
+        if self.__dict__["_extractor"] is None:
             from .pipeline import extractor_of
 
             self.__dict__["_extractor"] = extractor_of(self)
-        return self._extractor
+        return self.__dict__["_extractor"]
 
     def _checked(self, features: Tensor) -> Tensor:
         """The features in the head's shape and floating-point type, if they are of its width and finite."""
@@ -126,7 +127,7 @@ class DiffusionProbe(ArtifactModel):
         from .image_processing import DiffusionImageProcessor
 
         super()._write_artifact(folder, repo_id, **kwargs)
-        if self.provenance is not None:
+        if self.provenance is not None and self.provenance.image_size is not None:
             DiffusionImageProcessor(size=self.provenance.image_size).save_pretrained(folder)
 
     def card_text(self, repo_id: str) -> dict[str, Any]:

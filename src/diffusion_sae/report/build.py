@@ -131,7 +131,7 @@ def sample_predictions(
 ) -> list[Prediction]:
     """What the probe says of the first images."""
     scores = probe.predict(features[:count]).softmax(1)
-    names = [probe.config.id2label[i] for i in range(probe.config.num_labels)]
+    names = list(probe.config.id2label.values())
     predictions = []
     for i, row in enumerate(scores):
         best = row.topk(min(3, len(names)))

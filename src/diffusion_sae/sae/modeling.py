@@ -66,10 +66,11 @@ class KSparseAutoencoder(ArtifactModel):
     """
 
     config_class = KSparseAutoencoderConfig
+    config: Any
     base_model_prefix = "sae"
     main_input_name = "features"
 
-    def __init__(self, config: KSparseAutoencoderConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         d_in, num_latents = config.d_in, config.num_latents
         self.W_enc = nn.Parameter(torch.empty(d_in, num_latents))

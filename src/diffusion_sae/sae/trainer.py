@@ -5,6 +5,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,12 +216,12 @@ class SAETrainer:
         return SAETrainingResult(metrics, steps, seconds, history)
 
 
-def _set_step(scheduler: torch.optim.lr_scheduler.LRScheduler, step: int) -> None:
+def _set_step(scheduler: Any, step: int) -> None:
     """Learning rate of a step from its number alone, so that a resumed run needs no scheduler state."""
     for group, base, factor in zip(
         scheduler.optimizer.param_groups,
         scheduler.base_lrs,
         scheduler.lr_lambdas,
-        strict=True,  # type: ignore[attr-defined]
+        strict=True,
     ):
         group["lr"] = base * factor(step + 1)

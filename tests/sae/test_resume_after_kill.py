@@ -41,21 +41,24 @@ def assert_same_run(undisturbed: Path, killed: Path) -> None:
         assert torch.equal(value, got[name]), name
 
 
-def test_killed_three_times(tmp_path: Path) -> None:
-    progress = train_and_kill("sae", tmp_path, kills=3, seed=0, save_steps=10)
+@pytest.mark.parametrize(("kind", "save_steps"), [("sae", 10), ("probe", 1)])
+def test_killed_three_times(kind: str, save_steps: int, tmp_path: Path) -> None:
+    """Of a probe the weights, the batch statistics and the dropout are part of it; it saves after every epoch."""
+    progress = train_and_kill(kind, tmp_path, kills=3, seed=0, save_steps=save_steps)
     assert len(progress) == 3
     assert progress == sorted(progress)
     assert progress[-1] > 0, "no run was resumed from a checkpoint"
     assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
-    history = json.loads((tmp_path / "killed/training_history.json").read_text())
-    assert [entry["step"] for entry in history] == [*range(9, 301, 9), 300]
+    if kind == "sae":
+        history = json.loads((tmp_path / "killed/training_history.json").read_text())
+        assert [entry["step"] for entry in history] == [*range(9, 301, 9), 300]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("save_steps", [1, 7])
-def test_killed_twelve_times(tmp_path: Path, save_steps: int) -> None:
+@pytest.mark.parametrize(("kind", "save_steps"), [("sae", 1), ("sae", 7), ("probe", 1)])
+def test_killed_twelve_times(kind: str, save_steps: int, tmp_path: Path) -> None:
     """With a checkpoint every step most kills fall into the writing of one."""
-    progress = train_and_kill("sae", tmp_path, kills=12, seed=save_steps, save_steps=save_steps)
+    progress = train_and_kill(kind, tmp_path, kills=12, seed=save_steps, save_steps=save_steps)
     assert len(progress) == 12
     assert progress[-1] > 0
     assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
