@@ -135,7 +135,7 @@ class Stage:
         tqdm.write(json.dumps(line))
 
     def run(self, loss_of_step: Callable[[int], Tensor], fixed_loss: Callable[[nn.Module], Tensor]) -> nn.Module:
-        """Train to the end; `fixed_loss` sees the same images, noise and timesteps at each call, on averaged weights."""
+        """Train to the end; `fixed_loss` sees the same images, noise and timesteps each time, on averaged weights."""
         warmup = min(500, self.steps // 10 + 1)
         losses: list[float] = []
         started, first = time.time(), self.step
@@ -412,7 +412,7 @@ def main() -> None:
     images, labels = load_fashion_mnist("train")
     if args.quick:
         images, labels = images[:1000], labels[:1000]
-    # A finished stage loads its checkpoint and returns at once, so each run walks the whole path up to the stage asked for.
+    # A finished stage loads its checkpoint and returns at once: each run walks the whole path to the stage asked for.
     vae = train_vae(images, args)
     latents = encode_all(vae, images, args)
     if {"tiny-sd", "export"} & set(args.stages):

@@ -81,8 +81,9 @@ class LabelPurity:
     """That label."""
 
     @property
-    def mean(self) -> float:
-        return self.purity.mean().item() if len(self.purity) else float("nan")
+    def mean(self) -> float | None:
+        """Over the measured latents; None where there is none."""
+        return self.purity.mean().item() if len(self.purity) else None
 
 
 def label_purity(statistics: LatentStatistics, labels: Int[Tensor, " images"]) -> LabelPurity:

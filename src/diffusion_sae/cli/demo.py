@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> str:
     rows: list[tuple[object, object]] = [(name, value) for name, value in result["figures"].items()]
-    rows.insert(4, ("Label purity, shuffled labels", f"{result['label_purity_shuffled']:.2f}"))
+    if result["label_purity_shuffled"] is not None:
+        rows.append(("Label purity, shuffled labels", f"{result['label_purity_shuffled']:.2f}"))
     rows.append(("Probe accuracy (test)", f"{result['probe_accuracy']:.1%}"))
     rows += [(f"  baseline: {name}", f"{value:.1%}") for name, value in result["baselines"].items()]
     rows += [("k-SAE", result["sae"]), ("probe", result["probe"]), ("page", result["page"])]

@@ -81,9 +81,10 @@ def _quiet() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    from diffusers.utils import logging as diffusers_logging
 
-    diffusers_logging.disable_progress_bar()
+    from ..extraction.loading import hide_loading_bars
+
+    hide_loading_bars()
 
 
 def main(argv: list[str] | None = None) -> int:

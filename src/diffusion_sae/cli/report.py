@@ -29,4 +29,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> str:
     figures = ", ".join(f"{name} {value}" for name, value in result["figures"].items())
-    return f"{figures} (shuffled labels: {result['shuffled_purity']:.2f})\n{result['page']}"
+    shuffled = result["shuffled_purity"]
+    baseline = "" if shuffled is None else f" (shuffled labels: {shuffled:.2f})"
+    return f"{figures}{baseline}\n{result['page']}"

@@ -73,3 +73,10 @@ def first_layer(model: str) -> str:
     from diffusers import DiffusionPipeline
 
     return "bottleneck" if "unet" in DiffusionPipeline.load_config(resolve_source(model)) else "block0"
+
+
+def hide_loading_bars() -> None:
+    """Turn off diffusers' own bars while components load; the command line shows its own."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()

@@ -95,6 +95,7 @@ class ArtifactModel(PreTrainedModel):
         source = resolve_source(str(pretrained_model_name_or_path))
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # else transformers raises without naming the tensors
+        kwargs["use_safetensors"] = True  # else a pickled file would be read where there is no other
         try:
             loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:

@@ -127,8 +127,9 @@ class DiffusionProbe(ArtifactModel):
         from .image_processing import DiffusionImageProcessor
 
         super()._write_artifact(folder, repo_id, **kwargs)
-        if self.provenance is not None and self.provenance.image_size is not None:
-            DiffusionImageProcessor(size=self.provenance.image_size).save_pretrained(folder)
+        size = None if self.provenance is None else self.provenance.image_size
+        # without an extraction too: else the pipeline misses this file and says so, instead of what is really missing
+        DiffusionImageProcessor(**({} if size is None else {"size": size})).save_pretrained(folder)
 
     def card_text(self, repo_id: str) -> dict[str, Any]:
         """What the model card says of this probe."""

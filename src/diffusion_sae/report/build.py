@@ -25,8 +25,9 @@ class LatentFindings:
     """Latents of an SAE on labelled images: panels of the purest, and the mean purity of all beside its baseline."""
 
     panels: list[LatentPanel]
-    purity: float
-    shuffled_purity: float
+    purity: float | None
+    """None if no latent has enough active images."""
+    shuffled_purity: float | None
     measured: int
     """Latents that at least `TOP_IMAGES` images activate."""
     num_latents: int
@@ -113,17 +114,16 @@ def sae_figures(sae: KSparseAutoencoder, features: FeatureSet, findings: LatentF
     """The key numbers of an SAE on these features."""
     metrics = evaluate_sae(sae, features)
     rows = f"on {metrics.rows:,} rows of {features.num_images:,} images"
-    return [
+    figures = [
         Figure("FVU", f"{metrics.fvu:.3f}", f"fraction of variance unexplained {rows}; 0 is perfect"),
         Figure("L0", f"{metrics.l0:.1f}", f"active latents a row, of {findings.num_latents:,}"),
         Figure("Dead latents", f"{metrics.dead_latents:.1%}", f"active in no row, {rows}"),
-        Figure(
-            "Label purity",
-            f"{findings.purity:.2f}",
-            f"of the {TOP_IMAGES} top images, mean of {findings.measured:,} latents; shuffled labels "
-            f"{findings.shuffled_purity:.2f}",
-        ),
     ]
+    if findings.purity is not None and findings.shuffled_purity is not None:
+        note = f"of the {TOP_IMAGES} top images, mean of {findings.measured:,} latents"
+        shuffled = f"shuffled labels {findings.shuffled_purity:.2f}"
+        figures.append(Figure("Label purity", f"{findings.purity:.2f}", f"{note}; {shuffled}"))
+    return figures
 
 
 def sample_predictions(
