@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 COMMANDS = {
@@ -45,8 +46,10 @@ def _read_config(path: str, parser: argparse.ArgumentParser, command: str) -> di
 
     from .._config import refuse_unknown
 
-    with open(path, encoding="utf-8") as file:  # noqa: PTH123
-        content = yaml.safe_load(file) or {}
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of options, got a {type(content).__name__}.")  # noqa: TRY004
     (subparsers,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
@@ -89,7 +92,11 @@ def _quiet() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Exit code 0; 1 for an error in the input or the files; 2 for wrong options; 130 for Ctrl-C."""
-    args = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parse(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError) as error:  # in --config; wrong options exit with 2 by themselves
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     _quiet()
     from huggingface_hub.errors import StrictDataclassError
 

@@ -23,7 +23,7 @@ LIMITS = (
 def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested metrics as (dotted name, text) rows."""
     rows: list[tuple[str, str]] = []
-    for name, value in content.items():
+    for name, value in sorted(content.items()):  # as metrics.json has them, so that a loaded card is the saved one
         if isinstance(value, Mapping):
             rows += _flat(value, f"{prefix}{name}.")
         elif isinstance(value, float):
