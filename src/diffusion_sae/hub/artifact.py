@@ -103,6 +103,10 @@ class ArtifactModel(PreTrainedModel):
                 f"The weights of {str(pretrained_model_name_or_path)!r} are damaged ({error}). Download or save them "
                 "again."
             ) from error
+        except OSError as error:
+            if source in str(error):
+                raise
+            raise OSError(f"Cannot load {source!r}. {error}") from error  # offline, transformers does not name it
         model, info = loaded
         _refuse_loading_problems(str(pretrained_model_name_or_path), info)
         provenance = _find_file(source, EXTRACTOR_CONFIG_NAME, kwargs)
