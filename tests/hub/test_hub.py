@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from hub_server import HubServer
+from hub_server import Handler, HubError, HubServer
 
 RunClient = Callable[..., subprocess.CompletedProcess[str]]
 SAE, PROBE, EXTRACTOR = "revelio/sd15-up1-t25", "revelio/sd15-up1-t25-classes", "revelio/sd15-extractor"
 BASE, PRIVATE_BASE = "revelio/tiny-sd-test", "revelio/private-tiny-sd-test"
 PRIVATE_SAE, PRIVATE_PROBE = "revelio/private-sae", "revelio/private-probe"
+FAILING = "revelio/failing-sae"  # the Hub answers 503 for its extractor_config.json
 ARTIFACT = {"config.json", "model.safetensors", "README.md", "metrics.json", "extractor_config.json"}
 
 NAMES = f"""
@@ -28,6 +29,7 @@ NAMES = f"""
     SAE, PROBE, EXTRACTOR = {SAE!r}, {PROBE!r}, {EXTRACTOR!r}
     BASE, PRIVATE_BASE = {BASE!r}, {PRIVATE_BASE!r}
     PRIVATE_SAE, PRIVATE_PROBE = {PRIVATE_SAE!r}, {PRIVATE_PROBE!r}
+    FAILING = {FAILING!r}
     seen = {{}}
 
     def report():
@@ -77,6 +79,7 @@ PUSH = (
     for name in (SAE, PROBE, EXTRACTOR):
         ModelCard.load(name).validate()
     sae.push_to_hub(PRIVATE_SAE, private=True)
+    sae.push_to_hub(FAILING)
     probe.provenance = dataclasses.replace(probe.provenance, model=PRIVATE_BASE)
     probe.push_to_hub(PRIVATE_PROBE, private=True)
     with torch.no_grad():
@@ -137,6 +140,7 @@ LOAD = (
     attempt("private_with_bad_token", KSparseAutoencoder.from_pretrained, PRIVATE_SAE, token="hf_wrong")
     seen["private_with_token"] = same_weights(KSparseAutoencoder.from_pretrained(PRIVATE_SAE, token=token), "sae")
     seen["private_pipeline_with_token"] = off(pipeline("diffusion-probe", model=PRIVATE_PROBE, token=token))
+    attempt("failing", KSparseAutoencoder.from_pretrained, FAILING)
     attempt("missing_repo", KSparseAutoencoder.from_pretrained, "revelio/no-such-sae")
     attempt("missing_revision", KSparseAutoencoder.from_pretrained, SAE, revision="no-such-branch")
     attempt("a_pipeline_is_no_sae", KSparseAutoencoder.from_pretrained, BASE)
@@ -188,7 +192,16 @@ def pushed(
 def loaded(
     hub: HubServer, run_client: RunClient, work: Path, image_folder: Path, pushed: dict[str, Any]
 ) -> dict[str, Any]:
-    return answer(run_client(LOAD, cache=work / "cache", args=(work, image_folder, hub.token)))
+    resolve = Handler.resolve
+
+    def fail(handler: Handler, repo: Any, revision: str, path: str) -> None:
+        if (repo.id, path) == (FAILING, "extractor_config.json"):
+            raise HubError(503, {"X-Error-Message": "Overloaded"})
+        resolve(handler, repo, revision, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Handler, "resolve", fail)
+        return answer(run_client(LOAD, cache=work / "cache", args=(work, image_folder, hub.token)))
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +312,13 @@ class TestLoading:
         assert "OSError" in kinds
         for message in messages:
             assert message in text
+
+    def test_a_record_that_cannot_be_read_is_not_taken_for_missing(self, loaded: dict[str, Any]) -> None:
+        """Without its extraction an SAE would take any features."""
+        kinds, text = loaded["failing"]
+        assert "OSError" in kinds
+        assert FAILING in text
+        assert "503" in text
 
     def test_what_is_no_sae_is_refused(self, loaded: dict[str, Any]) -> None:
         assert "ValueError" in loaded["a_pipeline_is_no_sae"][0]

@@ -171,5 +171,4 @@ def _find_file(source: str, name: str, kwargs: dict[str, Any]) -> str | None:
         name,
         **{key: kwargs[key] for key in hub if kwargs.get(key) is not None},
         _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
     )
