@@ -5,9 +5,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 
 from .._config import refuse_unknown
 from .._files import atomic_folder, read_json, write_json
@@ -164,11 +165,23 @@ def _refuse_loading_problems(name: str, info: dict[str, Any]) -> None:
 
 
 def _find_file(source: str, name: str, kwargs: dict[str, Any]) -> str | None:
-    """Path of an optional file of an artifact, downloaded if need be."""
+    """Path of an optional file of an artifact, downloaded if need be; None if there is none.
+
+    Raises:
+        OSError: if the Hub does not say: without the record of its extraction an artifact would take any features.
+    """
+    if Path(source).is_dir():
+        path = Path(source, kwargs.get("subfolder") or "", name)
+        return str(path) if path.is_file() else None
     hub = ("cache_dir", "force_download", "token", "revision", "local_files_only", "subfolder")
-    return cached_file(
-        source,
-        name,
-        **{key: kwargs[key] for key in hub if kwargs.get(key) is not None},
-        _raise_exceptions_for_missing_entries=False,
-    )
+    try:
+        return hf_hub_download(source, name, **{key: kwargs[key] for key in hub if kwargs.get(key) is not None})
+    except LocalEntryNotFoundError as error:
+        if is_offline_mode() or kwargs.get("local_files_only"):
+            return None  # all of an artifact is cached together
+        raise OSError(
+            f"The Hub does not answer whether {source!r} has {name}: {error.__cause__ or error}. Try again, or set "
+            "HF_HUB_OFFLINE=1 to use what is in the cache."
+        ) from error
+    except EntryNotFoundError:
+        return None
