@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,3 +215,8 @@ def test_to_moves_the_conditioning_as_well(make_sd_extractor, images):
 def test_config_is_frozen(make_sd_extractor):
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_sd_extractor().config.seed = 1
+
+
+def test_a_subfolder_without_an_artifact_is_refused(tiny_sd_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no artifact in 'up1'; a pipeline itself is loaded without subfolder"):
+        DiffusionFeatureExtractor.from_pretrained(tiny_sd_folder, subfolder="up1")

@@ -109,6 +109,10 @@ class DiffusionFeatureExtractor:
         refuse_unknown(settings, [f.name for f in dataclasses.fields(ExtractorConfig)], "ExtractorConfig")
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         recorded = find_artifact(model, subfolder=subfolder, revision=revision, **hub)
+        if recorded is None and subfolder:
+            raise ValueError(
+                f"{model!r} has no artifact in {subfolder!r}; a pipeline itself is loaded without subfolder."
+            )
         if recorded is None:
             source = str(Path(model).resolve()) if Path(model).is_dir() else model
             config = ExtractorConfig.from_dict(settings | {"model": source, "revision": revision})

@@ -138,6 +138,13 @@ class ArtifactModel(PreTrainedModel):
             write_json(folder / METRICS_NAME, self.metrics)
         write_artifact_card(folder, self, repo_id)
 
+    def origin(self) -> str:
+        """Which activations it was trained on, in words for the card; empty if that is not recorded."""
+        if self.provenance is None:
+            return ""
+        layers, timesteps = ", ".join(self.provenance.layers), ", ".join(map(str, self.provenance.timesteps))
+        return f" of `{layers}` of `{self.provenance.model}` at timestep {timesteps}"
+
     def push_to_hub(self, repo_id: str, **hub: Any) -> str:  # type: ignore[override]
         """Push weights, config, card and metrics in one commit; returns its URL. Arguments: see `push_folder`."""
         return push_folder(repo_id, self._write_artifact, delete_patterns=_OPTIONAL_FILES, **hub)

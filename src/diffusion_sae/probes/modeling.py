@@ -134,18 +134,9 @@ class DiffusionProbe(ArtifactModel):
     def card_text(self, repo_id: str) -> dict[str, Any]:
         """What the model card says of this probe."""
         config = self.config
-        name = repo_id.rsplit("/", 1)[-1]
-        where = (
-            ""
-            if self.provenance is None
-            else (
-                f" of `{', '.join(self.provenance.layers)}` of `{self.provenance.model}` at timestep "
-                f"{', '.join(map(str, self.provenance.timesteps))}"
-            )
-        )
         return {
-            "title": name,
-            "summary": f"A {config.head} probe on the activations{where}: {config.num_labels} classes "
+            "title": repo_id.rsplit("/", 1)[-1],
+            "summary": f"A {config.head} probe on the activations{self.origin()}: {config.num_labels} classes "
             f"({', '.join(list(config.id2label.values())[:10])}{', …' if config.num_labels > 10 else ''}).",
             "usage": "import diffusion_sae  # registers the pipeline\n"
             "from transformers import pipeline\n\n"

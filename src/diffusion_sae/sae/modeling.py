@@ -200,18 +200,9 @@ class KSparseAutoencoder(ArtifactModel):
     def card_text(self, repo_id: str) -> dict[str, Any]:
         """What the model card says of this SAE."""
         config = self.config
-        name = repo_id.rsplit("/", 1)[-1]
-        where = (
-            ""
-            if self.provenance is None
-            else (
-                f" of `{', '.join(self.provenance.layers)}` of `{self.provenance.model}` at timestep "
-                f"{', '.join(map(str, self.provenance.timesteps))}"
-            )
-        )
         return {
-            "title": name,
-            "summary": f"A k-sparse autoencoder on the activations{where}: {config.num_latents:,} latents over "
+            "title": repo_id.rsplit("/", 1)[-1],
+            "summary": f"A k-sparse autoencoder on the activations{self.origin()}: {config.num_latents:,} latents over "
             f"{config.d_in} dimensions, {config.k} active at a time.",
             "usage": "from diffusion_sae import DiffusionFeatureExtractor, KSparseAutoencoder\n\n"
             f'sae = KSparseAutoencoder.from_pretrained("{repo_id}")\n'
