@@ -19,6 +19,7 @@ import torch
 from diffusion_sae import DiffusionFeatureExtractor
 from diffusion_sae._files import write_json
 from diffusion_sae.analysis.probing import best_cell, fit_linear, latent_features, layer_timestep_scores, pixel_features
+from diffusion_sae.extraction.sources import open_images
 from diffusion_sae.features import FeatureSet
 from diffusion_sae.zoo import IMAGES
 
@@ -100,8 +101,9 @@ def main() -> None:
     started = time.time()
     extractor = DiffusionFeatureExtractor.from_pretrained(args.model)
     size = extractor.backbone.image_size
-    pixels = {s: pixel_features(IMAGES, size, s) for s in SPLITS}
-    latents = {s: latent_features(extractor, IMAGES, s) for s in SPLITS}
+    images = {s: open_images(IMAGES, s).first(200 if args.quick else None) for s in SPLITS}
+    pixels = {s: pixel_features(images[s], size) for s in SPLITS}
+    latents = {s: latent_features(extractor, images[s]) for s in SPLITS}
     results = {
         "raw_pixels": summary([measure(pixels, seed) for seed in SEEDS]),
         "vae_latents": summary([measure(latents, seed) for seed in SEEDS]),

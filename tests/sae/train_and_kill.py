@@ -42,7 +42,7 @@ def train_sae(output_dir: Path, save_steps: int) -> None:
         lr_scheduler_type="cosine",
         batch_size=64,
         max_steps=300,
-        dead_after_rows=1000,  # so that AuxK acts, whose counters are part of the state
+        dead_after_rows=256,  # so that AuxK acts, whose counters are part of the state
         logging_steps=9,
         save_steps=save_steps,
     )
