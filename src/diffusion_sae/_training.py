@@ -100,7 +100,8 @@ def load_checkpoint(
     Raises:
         ValueError: if the checkpoint belongs to a run with other settings or other features.
     """
-    for leftover in folder.glob(f".{CHECKPOINT}.*.tmp"):  # of a run that was killed while it wrote
+    # of a run that was killed while it wrote; the second is what safetensors itself writes to first
+    for leftover in [*folder.glob(f".{CHECKPOINT}.*.tmp"), *folder.glob(".tmp??????")]:
         leftover.unlink()
     path = folder / CHECKPOINT
     if not path.exists():
