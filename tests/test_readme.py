@@ -19,7 +19,8 @@ def test_python_blocks_run_in_order(tmp_path: Path) -> None:
     code = "\n".join(blocks("python"))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "'label':" in done.stdout
+    (shown,) = re.findall(r"^# (\[\{'label'.*)…", README, flags=re.MULTILINE)
+    assert shown in done.stdout
     assert "up_ft3" in done.stdout
 
 
