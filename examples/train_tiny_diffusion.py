@@ -31,11 +31,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -89,19 +90,33 @@ def step_generator(seed: int, *names: object) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(repr((seed, *names)).encode()))
 
 
+def average_weights(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+    """Exponential moving average whose decay grows from 2/11 to 0.999, so that nothing is left of the initialisation."""
+    decay = min(0.999, (1 + int(num_averaged)) / (10 + int(num_averaged)))
+    torch._foreach_lerp_(averaged, current, 1 - decay)
+
+
 class Stage:
     """One network in training: AdamW with a cosine schedule, averaged weights, checkpoints, a log."""
 
     def __init__(self, name: str, model: nn.Module, lr: float, steps: int, args: argparse.Namespace) -> None:
         self.name, self.model, self.lr, self.steps, self.args = name, model, lr, steps, args
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999 if steps > 1000 else 0.9))
+        self.average = AveragedModel(model, multi_avg_fn=average_weights)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
         self.checkpoint = args.out / f"{name}.safetensors"
+        self.settings = {"lr": str(lr), "steps": str(steps), "batch": str(args.batch_size), "seed": str(args.seed)}
         self.step = 0
         if self.checkpoint.exists():
             self._load()
 
     def _load(self) -> None:
+        with safe_open(self.checkpoint, "pt") as file:
+            begun_with = file.metadata()
+        if begun_with != self.settings:
+            raise SystemExit(
+                f"{self.checkpoint} was begun with {begun_with}, not with {self.settings}. Give the same options to go "
+                "on with it, or another --out."
+            )
         state = load_file(self.checkpoint)
         self.step = int(state["step"])
         self.model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
@@ -125,7 +140,7 @@ class Stage:
         for i, moments in self.optimizer.state_dict()["state"].items():
             state |= {f"exp_avg.{i}": moments["exp_avg"], f"exp_avg_sq.{i}": moments["exp_avg_sq"]}
         temporary = self.checkpoint.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in state.items()}, temporary)
+        save_file({k: v.contiguous() for k, v in state.items()}, temporary, self.settings)
         temporary.replace(self.checkpoint)
 
     def _log(self, **values: float) -> None:
@@ -384,8 +399,8 @@ def parse_args() -> argparse.Namespace:
         choices=["vae", "tiny-sd", "tiny-dit", "export"],
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--unet-steps", type=int, default=8000)
+    parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--unet-steps", type=int, default=10000)
     parser.add_argument("--dit-steps", type=int, default=14000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--log-every", type=int, default=250)
