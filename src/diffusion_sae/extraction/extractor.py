@@ -12,14 +12,14 @@ from torch import Tensor
 
 from .._config import refuse_unknown
 from .._files import require_writable_folder
-from ..features import FeatureStore, Shard, StoreWriter
+from ..features import FeatureStore
 from ..hub.push import push_folder
 from ..provenance import ExtractorConfig, Provenance, ProvenanceMismatchError
 from .backbone import DiffusionBackbone
-from .images import ImageError, image_id, to_pixel_value, to_pixel_values
+from .images import image_id, to_pixel_values
 from .layers import LayerInfo
 from .loading import find_artifact, load_pipeline
-from .sources import ImageSource, open_images
+from .run import extract_into_store
 
 VERSIONED = ("diffusion-sae", "torch", "diffusers", "transformers", "pillow")
 
@@ -216,65 +216,17 @@ class DiffusionFeatureExtractor:
             ImageError: for a broken image, naming it, unless `skip_broken`.
             ProvenanceMismatchError: if the folder holds a store of another extraction.
         """
-        for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("limit", limit)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        source = open_images(dataset, split).first(limit)
-        require_writable_folder(output_dir)
-        writer = StoreWriter(
+        return extract_into_store(
+            self,
+            dataset,
             output_dir,
-            self.provenance,
-            source_names=source.names,
-            labels=source.labels,
-            class_names=source.class_names,
+            split=split,
+            batch_size=batch_size,
             shard_size=shard_size,
+            limit=limit,
+            skip_broken=skip_broken,
+            progress=progress,
         )
-        if writer.finished_shards:
-            self._require_same_images(source, FeatureStore(output_dir))
-        from tqdm.auto import tqdm
-
-        done = min(writer.finished_shards * shard_size, len(source))
-        with tqdm(total=len(source), initial=done, unit="img", desc="extract", disable=not progress) as bar:
-            for start in range(done, len(source), shard_size):
-                stop = min(start + shard_size, len(source))
-                shard = Shard()
-                for first in range(start, stop, batch_size):
-                    rows = range(first, min(first + batch_size, stop))
-                    self._extract_rows(source, rows, shard, skip_broken=skip_broken)
-                    bar.update(len(rows))
-                writer.write(shard)
-        writer.finish()
-        store = FeatureStore(output_dir)
-        if len(store) == 0:
-            raise ImageError(f"None of the {len(source)} images could be read; {output_dir} holds the reasons.")
-        return store
-
-    def _require_same_images(self, source: ImageSource, store: FeatureStore, checked: int = 32) -> None:
-        """Some stored images are read again: rows and numbered images have the same names in every data set."""
-        row_of = {name: row for row, name in enumerate(source.names)}
-        for i in torch.linspace(0, len(store) - 1, min(len(store), checked)).long().tolist():
-            name = store.sources[i]
-            now = to_pixel_value(source.read(row_of[name]), self.backbone.image_size, name)
-            if image_id(now) != store.image_ids[i]:
-                raise ValueError(
-                    f"The feature store in {str(store.path)!r} was begun with other images: {name!r} is another one. "
-                    "Give the same data to go on with it, or another folder to begin a new store."
-                )
-
-    def _extract_rows(self, source: ImageSource, rows: range, shard: Shard, *, skip_broken: bool) -> None:
-        kept, pixel_values = [], []
-        for row in rows:
-            try:
-                pixel_values.append(to_pixel_value(source.read(row), self.backbone.image_size, source.names[row]))
-                kept.append(row)
-            except ImageError as error:
-                if not skip_broken:
-                    raise
-                shard.skipped.append({"source": source.names[row], "reason": str(error)})
-        if kept:
-            ids = [image_id(image) for image in pixel_values]
-            features = self._features(torch.stack(pixel_values), ids)
-            shard.add(dict(features), ids, [source.names[r] for r in kept], [source.labels[r] for r in kept])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `extractor_config.json`: the settings and what identifies the weights, not the weights themselves."""
