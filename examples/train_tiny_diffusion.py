@@ -91,7 +91,7 @@ def step_generator(seed: int, *names: object) -> torch.Generator:
 
 
 def average_weights(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
-    """Exponential moving average whose decay grows from 2/11 to 0.999, so that nothing is left of the initialisation."""
+    """Exponential moving average; its decay grows from 2/11 to 0.999, so that nothing is left of the start."""
     decay = min(0.999, (1 + int(num_averaged)) / (10 + int(num_averaged)))
     torch._foreach_lerp_(averaged, current, 1 - decay)
 

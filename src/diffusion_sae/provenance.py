@@ -12,6 +12,10 @@ from ._config import JsonConfig, check, check_choice, check_integer, check_numbe
 from ._files import fingerprint_of, read_json, write_json
 
 POOLINGS = ("mean", "max", "tokens", "none")
+NOISES = ("seeded", "none")
+PROMPT_SOURCES = ("config", "class", "image", "clip")
+CROPS = ("center", "none")
+RESAMPLINGS = ("bicubic", "bilinear", "lanczos", "nearest")
 DTYPES = ("float32", "bfloat16", "float16")
 NUM_TRAIN_TIMESTEPS = 1000
 EXTRACTOR_CONFIG_NAME = "extractor_config.json"
@@ -31,10 +35,28 @@ class ExtractorConfig(JsonConfig):
     """mean or max over positions, tokens (one row a position), none (the activation as it is)."""
     prompt: str = ""
     """Text prompt; for a class-conditional model a class name. Empty: the unconditional input."""
+    prompt_from: str = "config"
+    """config: `prompt` for all images; class: `prompt` with the image's class name for {}; image: a text an image;
+    clip: the best of `prompt_choices`."""
+    prompt_choices: tuple[str, ...] = ()
+    """What prompt_from="clip" chooses from, by the similarity of CLIP's embeddings (Revelio, §4)."""
+    clip_model: str | None = None
+    """Hub id or folder of the transformers CLIP model of prompt_from="clip"."""
+    classifier_free_pair: bool = False
+    """Features of the empty prompt and of the prompt side by side: (…, 2 C), the empty one's first."""
+    noise: str = "seeded"
+    """seeded: drawn by (seed, image id, timestep); none: the clean latents are given to the denoiser at timestep t."""
+    ensemble: int = 1
+    """Draws of the noise that the activations are averaged over (DIFT, §4.2, averages 8)."""
     seed: int = 0
     """Seed of the noise, which depends on (seed, image id, timestep) alone."""
     image_size: int | None = None
     """Side of the preprocessed image in pixels; None: what the model was trained on."""
+    crop: str = "center"
+    """center: the shorter side is resized and the middle square cut out; none: both sides are resized, whatever the
+    proportions."""
+    resample: str = "bicubic"
+    """Interpolation of the resizing: bicubic, bilinear, lanczos or nearest."""
     dtype: str = "float32"
     """Floating-point type the model computes in: float32, bfloat16 or float16."""
     revision: str | None = None
@@ -60,6 +82,16 @@ class ExtractorConfig(JsonConfig):
             check(len(set(values)) == len(values), f"{name} must not repeat, got {list(values)}.")
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("crop", self.crop, CROPS)
+        check_choice("resample", self.resample, RESAMPLINGS)
+        check_choice("noise", self.noise, NOISES)
+        check_integer("ensemble", self.ensemble, 1)
+        check(
+            self.ensemble == 1 or self.noise == "seeded",
+            f"ensemble={self.ensemble} averages over draws of the noise: it needs noise='seeded', got {self.noise!r}.",
+        )
+        check_choice("classifier_free_pair", self.classifier_free_pair, (True, False))
+        self._check_prompts()
         check(isinstance(self.prompt, str), f"prompt must be a string, got {self.prompt!r}.")
         check_integer("seed", self.seed, 0)
         check_choice("random_weights", self.random_weights, (True, False))
@@ -68,6 +100,22 @@ class ExtractorConfig(JsonConfig):
         if self.guidance is not None:
             check_number("guidance", self.guidance, 0)
             object.__setattr__(self, "guidance", float(self.guidance))  # 1 and 1.0 have one fingerprint
+
+    def _check_prompts(self) -> None:
+        check_choice("prompt_from", self.prompt_from, PROMPT_SOURCES)
+        object.__setattr__(self, "prompt_choices", tuple(self.prompt_choices))
+        if self.prompt_from == "clip":
+            check(len(self.prompt_choices) > 1, "prompt_from='clip' needs at least two prompt_choices.")
+            check(bool(self.clip_model), "prompt_from='clip' needs clip_model, such as openai/clip-vit-base-patch32.")
+        else:
+            unused = {"prompt_choices": self.prompt_choices, "clip_model": self.clip_model}
+            given = [name for name, value in unused.items() if value]
+            check(not given, f"{' and '.join(given)} belong to prompt_from='clip', got {self.prompt_from!r}.")
+        if self.prompt_from == "class":
+            check(
+                "{}" in self.prompt,
+                f"prompt_from='class' needs a {{}} for the class name in prompt, got {self.prompt!r}.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +132,14 @@ class Provenance(ExtractorConfig):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what decides the numbers; names and versions do not, the weights do."""
+        """Hash of what decides the numbers; names and versions do not, the weights do.
+
+        Settings at their default are left out, so that a setting of a later version, which is off by default, leaves
+        the fingerprints of what was published before as they are.
+        """
         left_out = ("model", "revision", "versions", "layers", "timesteps")
-        content = {key: value for key, value in self.to_dict().items() if key not in left_out}
+        defaults = ExtractorConfig().to_dict()
+        content = {k: v for k, v in self.to_dict().items() if k not in left_out and v != defaults.get(k)}
         # in order of name, so that asking for layers in another order is no other extraction
         return fingerprint_of(content | {"layers": sorted(self.layers), "timesteps": sorted(self.timesteps)})
 

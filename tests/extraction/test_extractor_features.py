@@ -207,7 +207,7 @@ def test_dit_prompt_is_a_class_name(make_dit_extractor, images):
     )
     assert (null - bag).abs().max() > 1e-4
     assert (bag - shoe).abs().max() > 1e-4
-    with pytest.raises(ValueError, match=r"prompt is a class name, got 'zebra': bag, dress, shoe"):
+    with pytest.raises(ValueError, match=r"prompt is a class name or number, got 'zebra': bag, dress, shoe"):
         make_dit_extractor(layers="block2", prompt="zebra")
 
 
@@ -236,7 +236,7 @@ def test_unknown_key_lists_what_was_extracted(make_sd_extractor, images):
 def test_scale_and_shift_of_the_latents(make_sd_extractor, images):
     """(z − shift) · scale, as the families with a shift factor are trained."""
     extractor = make_sd_extractor()
-    vae = extractor.backbone.vae
+    vae = extractor.backbone.latent_space.autoencoder
     pixel_values = extractor.preprocess(images[:2])
     assert pixel_values.shape == (2, 3, 32, 32)
     with torch.no_grad():

@@ -6,19 +6,16 @@ import itertools
 import pytest
 import torch
 from diffusers import (
-    DDPMPipeline,
-    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
+    IPNDMScheduler,
     UNet2DConditionModel,
-    UNet2DModel,
     UniPCMultistepScheduler,
 )
 from torch import nn
 
 from diffusion_sae.extraction.extractor import DiffusionFeatureExtractor
-from diffusion_sae.extraction.hooks import activation_of, run_until_captured
+from diffusion_sae.extraction.hooks import ImageStream, run_until_captured, tensors_of
 from diffusion_sae.extraction.layers import canonical_layers, describe_layers, family_of, resolve_layer
 from diffusion_sae.provenance import ExtractorConfig
 
@@ -77,14 +74,16 @@ def test_layers_of_the_true_sd15():
         unet = UNet2DConditionModel(**SD15_UNET)
         sample, states = torch.empty(1, 4, 64, 64), torch.empty(1, 77, 768)
     paths = canonical_layers(unet)
-    infos = describe_layers(unet, paths, lambda: unet(sample, 25, encoder_hidden_states=states), 512)
+
+    def forward():
+        return unet(sample, 25, encoder_hidden_states=states)
+
+    infos = describe_layers(run_until_captured(unet, paths, forward, ImageStream(None)), paths, 512, family_of(unet))
     assert {info.name: (info.channels, info.stride) for info in infos} == SD15_LAYERS
     assert [info.name for info in infos] == list(SD15_LAYERS)
     assert {info.family for info in infos} == {"unet"}
-    bottleneck = run_until_captured(
-        unet, {"bottleneck": "mid_block"}, lambda: unet(sample, 25, encoder_hidden_states=states)
-    )["bottleneck"]
-    assert tuple(bottleneck.shape) == (1, 1280, 8, 8)
+    captured = run_until_captured(unet, {"bottleneck": "mid_block"}, forward, ImageStream(None))
+    assert tuple(captured["bottleneck"].shape) == (1, 1280, 8, 8)
 
 
 @pytest.mark.parametrize("image_size", [None, 64])
@@ -231,12 +230,13 @@ def test_a_layer_without_positions_is_refused(tiny_sd_pipeline, make_sd_extracto
     assert hooks_on(tiny_sd_pipeline.unet) == 0
 
 
-def test_activation_of_tuples_and_outputs(tiny_sd_pipeline):
+def test_tensors_of_tuples_and_outputs(tiny_sd_pipeline):
     tensor = torch.zeros(1, 2)
-    assert activation_of(tensor) is tensor
-    assert activation_of((tensor, (tensor + 1,))) is tensor
+    assert tensors_of(tensor) == [tensor]
+    assert [id(t) for t in tensors_of((tensor, (tensor + 1,), None))] == [id(tensor)]
     output = tiny_sd_pipeline.unet(torch.zeros(1, 4, 8, 8), 1, encoder_hidden_states=torch.zeros(1, 12, 16))
-    assert activation_of(output) is output.sample
+    assert tensors_of(output)[0] is output.sample
+    assert tensors_of(5) == []
 
 
 def test_a_layer_called_twice_gives_its_first_output():
@@ -249,30 +249,24 @@ def test_a_layer_called_twice_gives_its_first_output():
             return self.out(self.act(self.act(x) + 1))
 
     model, x = Twice(), torch.ones(1, 2, 3)
-    captured = run_until_captured(model, {"act": "act", "out": "out"}, lambda: model(x))
+    captured = run_until_captured(model, {"act": "act", "out": "out"}, lambda: model(x), ImageStream(None))
     assert captured["act"].tolist() == x.tolist()
     assert captured["out"].tolist() == (x + 1).tolist()
 
 
 def test_pipelines_that_are_not_supported(tiny_sd_pipeline):
-    with torch.random.fork_rng(devices=[]):
-        unet = UNet2DModel(
-            sample_size=8,
-            block_out_channels=(8, 8),
-            down_block_types=("DownBlock2D",) * 2,
-            up_block_types=("UpBlock2D",) * 2,
-            norm_num_groups=4,
-        )
-    with pytest.raises(ValueError, match=r"DDPMPipeline is not supported yet: it needs a VAE"):
-        DiffusionFeatureExtractor(DDPMPipeline(unet, DDPMScheduler()), ExtractorConfig())
-    flow = copy.copy(tiny_sd_pipeline)
-    flow.scheduler = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler has no alphas_cumprod.*not flow matching"):
-        DiffusionFeatureExtractor(flow, ExtractorConfig())
+    no_blocks = copy.copy(tiny_sd_pipeline)
+    no_blocks.unet = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"StableDiffusionPipeline is not supported: it needs a denoiser"):
+        DiffusionFeatureExtractor(no_blocks, ExtractorConfig())
+    strange = copy.copy(tiny_sd_pipeline)
+    strange.scheduler = IPNDMScheduler()
+    with pytest.raises(ValueError, match=r"noise levels of IPNDMScheduler are not known. Supported: .*flow matching"):
+        DiffusionFeatureExtractor(strange, ExtractorConfig())
 
 
 def test_image_size_and_guidance_must_fit_the_model(make_sd_extractor):
-    with pytest.raises(ValueError, match=r"image_size must be a multiple of 4 for this VAE, got 30"):
+    with pytest.raises(ValueError, match=r"image_size must be a multiple of 4 for this model, got 30"):
         make_sd_extractor(image_size=30)
     with pytest.raises(ValueError, match=r"UNet2DConditionModel takes no guidance embedding"):
         make_sd_extractor(guidance=3.5)

@@ -206,7 +206,7 @@ def test_to_moves_the_conditioning_as_well(make_sd_extractor, images):
     expected = extractor(images[0])["up_ft1", 25]
     assert extractor.to("cpu") is extractor
     assert torch.equal(extractor(images[0])["up_ft1", 25], expected)
-    moved = extractor.backbone.conditioning_on(torch.device("meta"))
+    moved = extractor.backbone.conditioning("").to(torch.device("meta")).arguments
     tensors = [value for value in moved.values() if isinstance(value, torch.Tensor)]
     assert tensors
     assert all(value.device.type == "meta" for value in tensors)

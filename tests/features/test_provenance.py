@@ -21,8 +21,16 @@ SETTINGS = {
     "timesteps": (25, 100),
     "pooling": "tokens",
     "prompt": "a “quoted” naïve prompt",
+    "prompt_from": "clip",
+    "prompt_choices": ("a shoe", "a bag"),
+    "clip_model": "someone/clip",
+    "classifier_free_pair": True,
+    "noise": "seeded",  # the default: ensemble needs it
+    "ensemble": 8,
     "seed": 3,
     "image_size": 256,
+    "crop": "none",
+    "resample": "lanczos",
     "dtype": "bfloat16",
     "revision": "v1.0",
     "guidance": 3.5,
@@ -38,7 +46,7 @@ def record(**changes):
 def test_every_setting_is_tested():
     assert set(SETTINGS) == {field.name for field in dataclasses.fields(ExtractorConfig)}
     for field in dataclasses.fields(ExtractorConfig):
-        assert SETTINGS[field.name] != field.default, field.name
+        assert SETTINGS[field.name] != field.default or field.name == "noise", field.name
 
 
 def test_config_round_trips_through_json():
@@ -73,6 +81,17 @@ def test_one_layer_or_timestep_needs_no_list():
         ({"pooling": "sum"}, r"pooling must be one of 'mean', 'max', 'tokens', 'none', got 'sum'"),
         ({"dtype": "float64"}, r"dtype must be one of 'float32', 'bfloat16', 'float16', got 'float64'"),
         ({"prompt": None}, r"prompt must be a string, got None"),
+        ({"noise": "random"}, r"noise must be one of 'seeded', 'none', got 'random'"),
+        ({"ensemble": 0}, r"ensemble must be an integer ≥ 1, got 0"),
+        ({"ensemble": 2, "noise": "none"}, r"ensemble=2 averages over draws .* it needs noise='seeded', got 'none'"),
+        ({"crop": "left"}, r"crop must be one of 'center', 'none', got 'left'"),
+        ({"resample": "cubic"}, r"resample must be one of 'bicubic', 'bilinear', 'lanczos', 'nearest', got 'cubic'"),
+        ({"classifier_free_pair": "yes"}, r"classifier_free_pair must be one of True, False, got 'yes'"),
+        ({"prompt_from": "label"}, r"prompt_from must be one of 'config', 'class', 'image', 'clip', got 'label'"),
+        ({"prompt_from": "class", "prompt": "a photo"}, r"prompt_from='class' needs a \{\} .* got 'a photo'"),
+        ({"prompt_from": "clip", "clip_model": "x"}, r"prompt_from='clip' needs at least two prompt_choices"),
+        ({"prompt_from": "clip", "prompt_choices": ("a", "b")}, r"prompt_from='clip' needs clip_model, such as"),
+        ({"prompt_choices": ("a", "b")}, r"prompt_choices belong to prompt_from='clip', got 'config'"),
         ({"seed": -1}, r"seed must be an integer ≥ 0, got -1"),
         ({"seed": "1"}, r"seed must be an integer ≥ 0, got '1'"),
         ({"image_size": 0}, r"image_size must be an integer ≥ 1, got 0"),
@@ -125,8 +144,16 @@ def test_fingerprint_covers_all_that_decides_the_numbers():
         {"timesteps": (25, 101)},
         {"pooling": "mean"},
         {"prompt": ""},
+        {"prompt_from": "image", "prompt_choices": (), "clip_model": None},
+        {"prompt_choices": ("a bag", "a shoe")},
+        {"clip_model": "someone/other-clip"},
+        {"classifier_free_pair": False},
+        {"noise": "none", "ensemble": 1},
+        {"ensemble": 1},
         {"seed": 4},
         {"image_size": 512},
+        {"crop": "center"},
+        {"resample": "nearest"},
         {"dtype": "float32"},
         {"guidance": 1.0},
         {"random_weights": False},
@@ -141,7 +168,16 @@ def test_fingerprint_is_the_same_in_every_process():
     """A changed rule would make all published artifacts strangers to all stores: change it with the format alone."""
     assert fingerprint_of({"b": [1, 2.5], "a": "ü"}) == fingerprint_of({"a": "ü", "b": [1, 2.5]})
     assert fingerprint_of({"a": 1}) == "015abd7f5cc57a2d"
-    assert record().fingerprint == "96ad01ecb549d3ed"
+    assert record().fingerprint == "020a0efb33457417"
+
+
+def test_a_setting_at_its_default_leaves_the_fingerprint_as_it_is():
+    """So that artifacts published before a setting existed still fit."""
+    weights = {"weights": "0123456789abcdef"}
+    content = Provenance(**weights).to_dict()
+    for added_later in ("noise", "ensemble", "crop", "prompt_choices"):
+        del content[added_later]
+    assert Provenance.from_dict(content).fingerprint == Provenance(**weights).fingerprint
 
 
 def test_select_narrows_to_what_was_extracted():

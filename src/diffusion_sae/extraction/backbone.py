@@ -1,14 +1,7 @@
-"""A diffusers pipeline as something that turns images into activations.
+"""A diffusers pipeline as something that turns images into activations: one adapter for every family."""
 
-What a family's denoiser wants beside the noisy latents (text states, class labels, added conditions) is learned from
-the pipeline itself: its own `__call__` is run up to the denoiser, whose arguments are kept and replayed with our
-latents.
-"""
-
-import copy
 import hashlib
-import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,160 +9,226 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .._files import fingerprint_of
-from .hooks import catch_call, run_until_captured
-from .layers import LayerInfo, canonical_layers, describe_layers, resolve_layer
-from .noise import add_noise, noise_batch
+from .conditioning import Conditioning, catch_conditioning, concatenate
+from .families import family_entry
+from .hooks import ImageStream, run_until_captured
+from .latents import LatentSpace
+from .layers import LayerInfo, canonical_layers, describe_layers, family_of, resolve_layer
+from .noise import noise_batch
+from .schedule import TIME_FORMS, NoiseSchedule
 
-# what the ᾱ_t of a variance-preserving scheduler are made from, whatever its class
-SCHEDULE_SETTINGS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
+# components that have no part in an activation
+UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder", "image_processor")
 
 
 class DiffusionBackbone:
     """Encodes images, adds noise, runs the denoiser up to the wanted layers."""
 
-    def __init__(self, pipeline: Any, *, prompt: str, image_size: int | None, guidance: float | None = None) -> None:
+    def __init__(self, pipeline: Any, *, image_size: int | None = None, guidance: float | None = None) -> None:
         self.pipeline = pipeline
         denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-        if denoiser is None or not canonical_layers(denoiser) or getattr(pipeline, "vae", None) is None:
+        if denoiser is None or not canonical_layers(denoiser):
             raise ValueError(
-                f"{type(pipeline).__name__} is not supported yet: it needs a VAE and a `unet` or `transformer` "
-                "(Stable Diffusion and DiT pipelines have these)."
+                f"{type(pipeline).__name__} is not supported: it needs a denoiser, `unet` or `transformer`, made of "
+                "blocks that extraction/families.py names."
             )
-        if guidance is not None:
-            raise ValueError(f"{type(denoiser).__name__} takes no guidance embedding; leave guidance unset.")
-        # Any: nn.Modules of diffusers, which pyright sees no config of
-        self.denoiser: Any = denoiser.eval().requires_grad_(False)
-        self.vae: Any = pipeline.vae.eval().requires_grad_(False)
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.eval().requires_grad_(False)  # dropout in a text encoder would be noise in the features
+        # Any: an nn.Module of diffusers, which pyright sees no config of
+        self.denoiser: Any = denoiser
+        self.family = family_of(denoiser)
+        self.guidance = guidance
         if getattr(denoiser, "is_cache_enabled", False):
             denoiser.disable_cache()  # a cached block's hook would fire with another step's output
-        self.vae_stride = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.image_size = image_size or self.vae_stride * denoiser.config.sample_size
-        if self.image_size % self.vae_stride:
-            raise ValueError(f"image_size must be a multiple of {self.vae_stride} for this VAE, got {self.image_size}.")
-        self.alphas_cumprod = self._alphas_cumprod()
-        self.conditioning = self._catch_conditioning(prompt)
+        self.schedule = NoiseSchedule(pipeline.scheduler)
+        self.latent_space = LatentSpace(pipeline, denoiser)
+        self.image_size = self._image_size(image_size)
+        self._conditionings: dict[str, Conditioning] = {}
+        self.stream = ImageStream(self._num_image_tokens(), family_entry(denoiser).text_in_sequence)
 
     @property
     def device(self) -> torch.device:
-        return self.denoiser.device
+        # with offloading the modules wait on the CPU, and run on the execution device
+        return getattr(self.pipeline, "_execution_device", self.denoiser.device)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.denoiser.dtype
 
-    def _alphas_cumprod(self) -> Tensor:
-        alphas_cumprod = getattr(self.pipeline.scheduler, "alphas_cumprod", None)
-        if alphas_cumprod is None:
-            raise ValueError(
-                f"{type(self.pipeline.scheduler).__name__} has no alphas_cumprod: only variance-preserving schedules "
-                "are supported yet, not flow matching."
+    def _image_size(self, image_size: int | None) -> int:
+        space = self.latent_space
+        size = image_size or self._trained_side() * space.stride
+        step = space.stride * max(space.packing, self._patch_size())
+        if size % step:
+            raise ValueError(f"image_size must be a multiple of {step} for this model, got {size}.")
+        return size
+
+    def _trained_side(self) -> int:
+        """Side of the latents that the model was trained on."""
+        name = type(self.pipeline).__name__
+        side = self.denoiser.config.get("sample_size") or getattr(self.pipeline, "default_sample_size", None)
+        if side is None:
+            raise ValueError(f"{name} does not say its image size: pass image_size.")
+        sides = [side] if isinstance(side, int) else list(side)
+        if len(set(sides)) > 1:
+            raise ValueError(f"{name} was trained on {' × '.join(map(str, sides))} latents: pass image_size.")
+        return sides[0]
+
+    def _patch_size(self) -> int:
+        """Side of the patches of its sample that a transformer makes into one token."""
+        patch = self.denoiser.config.get("patch_size", 1) if self.family == "transformer" else 1
+        return patch if isinstance(patch, int) else patch[-1]
+
+    def _num_image_tokens(self) -> int | None:
+        if self.family == "unet":
+            return None
+        packing = self.latent_space.packing
+        # what is packed already has a patch size of 1, or of the packing, in its config
+        patch = packing if packing > 1 else self._patch_size()
+        return (self.image_size // self.latent_space.stride // patch) ** 2
+
+    def conditioning(self, prompt: str) -> Conditioning:
+        """What the denoiser is given for a prompt; computed once."""
+        if prompt not in self._conditionings:
+            caught = catch_conditioning(
+                self.pipeline,
+                self.denoiser,
+                prompt=prompt,
+                image_size=self.image_size,
+                latent_side=self.image_size // self.latent_space.stride,
+                guidance=self.guidance,
             )
-        return alphas_cumprod
+            self._conditionings[prompt] = caught.to(self.device)
+        return self._conditionings[prompt]
 
-    def _call_arguments(self, prompt: str) -> dict[str, Any]:
-        parameters = inspect.signature(self.pipeline.__call__).parameters
-        arguments: dict[str, Any] = {
-            "guidance_scale": 1.0,
-            "num_inference_steps": 2,
-            "generator": torch.Generator().manual_seed(0),
-        }
-        if "class_labels" in parameters:
-            return arguments | {"class_labels": [self._class_label(prompt)]}
-        size = {"height": self.image_size, "width": self.image_size} if "height" in parameters else {}
-        return arguments | size | {"prompt": [prompt], "output_type": "latent"}
+    def to(self, device: str | torch.device) -> None:
+        self.pipeline.to(device)
+        moved = {prompt: value.to(torch.device(device)) for prompt, value in self._conditionings.items()}
+        self._conditionings = moved
 
-    def _class_label(self, prompt: str) -> int:
-        """Number of the class that the prompt names; for the empty prompt the null class, the row after the last."""
-        if not prompt:
-            return self.denoiser.config.num_embeds_ada_norm
-        labels = self.pipeline.labels
-        if prompt not in labels:
-            raise ValueError(
-                f"A class-conditional model's prompt is a class name, got {prompt!r}: {', '.join(labels)}."
-            )
-        return labels[prompt]
-
-    @torch.no_grad()
-    def _catch_conditioning(self, prompt: str) -> dict[str, Any]:
-        """Arguments of the denoiser's forward by name, for a batch of one, without sample and timestep."""
-        scheduler = self.pipeline.scheduler
-        self.pipeline.set_progress_bar_config(disable=True)
-        self.pipeline.scheduler = copy.deepcopy(scheduler)  # set_timesteps changes it; two steps, as one gives t = 0
-        try:
-            with catch_call(self.denoiser) as caught:
-                self.pipeline(**self._call_arguments(prompt))
-        finally:
-            self.pipeline.scheduler = scheduler
-        bound = inspect.signature(self.denoiser.forward).bind(*caught["args"], **caught["kwargs"]).arguments
-        self._sample_name = next(iter(bound))
-        return {k: v for k, v in bound.items() if k not in (self._sample_name, "timestep", "return_dict")}
-
-    def conditioning_on(self, device: torch.device) -> dict[str, Any]:
-        """The conditioning, moved."""
-        return {name: _moved(value, device) for name, value in self.conditioning.items()}
-
-    @torch.no_grad()
-    def encode(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B c h w"]:
-        """Latents: the mode of the VAE's posterior, shifted and scaled as in training.
-
-        The mode, not a sample: the only randomness of a feature is the noise of its timestep.
-        """
-        config = self.vae.config
-        posterior = self.vae.encode(pixel_values.to(self.vae.device, self.vae.dtype)).latent_dist
-        shift = getattr(config, "shift_factor", None) or 0.0
-        return ((posterior.mode() - shift) * config.scaling_factor).to(self.dtype)
+    def encode(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B c ..."]:
+        """Latents without noise, in the denoiser's dtype; see LatentSpace."""
+        return self.latent_space.encode(pixel_values).to(self.device, self.dtype)
 
     def add_noise(
-        self, latents: Float[Tensor, "B c h w"], image_ids: list[str], *, seed: int, timestep: int
-    ) -> Float[Tensor, "B c h w"]:
-        noise = noise_batch(latents, image_ids, seed=seed, timestep=timestep).to(latents.device)
-        return add_noise(latents.float(), noise, self.alphas_cumprod[timestep].item()).to(self.dtype)
+        self, latents: Float[Tensor, "B c ..."], image_ids: list[str], *, seed: int, timestep: int, member: int = 0
+    ) -> Float[Tensor, "B c ..."]:
+        """signal · latents + sigma · ε at the level of the training schedule; see NoiseSchedule."""
+        signal, sigma = self.schedule.level(timestep)
+        noise = noise_batch(latents, image_ids, seed=seed, timestep=timestep, member=member).to(latents.device)
+        return (signal * latents.float() + sigma * noise).to(self.dtype)
+
+    def _told_time(self, timestep: int, conditioning: Conditioning, batch: int, device: torch.device) -> Tensor:
+        told = TIME_FORMS[conditioning.time_form](self.schedule.scheduler_time(timestep))
+        return torch.full((batch,), told, device=device, dtype=conditioning.time_dtype)
 
     def _forward(
-        self, denoiser: nn.Module, noisy_latents: Tensor, timestep: int, conditioning: Mapping[str, Any]
+        self,
+        denoiser: nn.Module,
+        sample: Tensor,
+        timestep: int,
+        conditioning: Conditioning,
+        arguments: Mapping[str, Any],
     ) -> object:
-        batch = len(noisy_latents)
-        arguments = {name: _for_batch(value, batch) for name, value in conditioning.items()}
-        arguments[self._sample_name] = noisy_latents
-        arguments["timestep"] = torch.full((batch,), timestep, device=noisy_latents.device)
-        return denoiser(**arguments, return_dict=False)
+        if sample.shape[1:] != conditioning.sample_shape[1:]:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} gives its denoiser {conditioning.sample_shape[1:]} an image, "
+                f"this library would give it {tuple(sample.shape[1:])}: the pipeline is not supported. Pipelines for "
+                "inpainting and editing take more than noisy latents; load the text-to-image one."
+            )
+        given = {
+            **arguments,
+            conditioning.sample_name: sample,
+            conditioning.time_name: self._told_time(timestep, conditioning, len(sample), sample.device),
+        }
+        return denoiser(**given, return_dict=False)
 
     @torch.no_grad()
     def activations(
-        self, noisy_latents: Float[Tensor, "B c h w"], timestep: int, module_paths: Mapping[str, str]
+        self,
+        noisy_latents: Float[Tensor, "B c ..."],
+        timestep: int,
+        module_paths: Mapping[str, str],
+        prompts: Sequence[str] | str = "",
     ) -> dict[str, Tensor]:
-        """{layer: (B, C, h', w') or (B, T, C)}; what comes after the last wanted layer is not computed."""
+        """{layer: (B, C, h', w') or (B, T, C)}; what comes after the last wanted layer is not computed.
+
+        `prompts`: one for all images, or one each.
+        """
+        distinct = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
+        if len(distinct) == 1:
+            conditioning = self.conditioning(distinct[0])
+            return self._run(
+                noisy_latents, timestep, module_paths, conditioning, conditioning.batch(len(noisy_latents))
+            )
+        conditionings = [self.conditioning(prompt) for prompt in prompts]
+        arguments = concatenate(conditionings) if family_entry(self.denoiser).padded_text else None
+        if arguments is not None:
+            return self._run(noisy_latents, timestep, module_paths, conditionings[0], arguments)
+        # texts of different lengths cannot stand in one batch: one forward a prompt
+        rows = [torch.tensor([i for i, p in enumerate(prompts) if p == prompt]) for prompt in distinct]
+        parts = [
+            self.activations(noisy_latents[mine.to(noisy_latents.device)], timestep, module_paths, prompt)
+            for mine, prompt in zip(rows, distinct, strict=True)
+        ]
+        order = torch.cat(rows).argsort().to(noisy_latents.device)
+        return {layer: torch.cat([part[layer] for part in parts])[order] for layer in parts[0]}
+
+    def _run(
+        self,
+        noisy_latents: Tensor,
+        timestep: int,
+        module_paths: Mapping[str, str],
+        conditioning: Conditioning,
+        arguments: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        sample = self.latent_space.pack(noisy_latents)
         return run_until_captured(
             self.denoiser,
             module_paths,
-            lambda: self._forward(self.denoiser, noisy_latents, timestep, self.conditioning),
+            lambda: self._forward(self.denoiser, sample, timestep, conditioning, arguments),
+            self.stream,
         )
 
     @torch.no_grad()
     def describe_layers(self, module_paths: Mapping[str, str]) -> list[LayerInfo]:
-        """Widths and strides, read off a forward pass on the meta device: exact, and without computing anything."""
+        """Widths and strides, read off a forward pass on the meta device: exact, and without computing anything.
+
+        Denoisers that look at the values of their inputs cannot run there and compute one image's forward instead.
+        """
+        conditioning = self.conditioning("")
+        try:
+            activations = self._meta_activations(module_paths, conditioning.to(torch.device("meta")))
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta" not in str(error):
+                raise
+            sample = torch.zeros(conditioning.sample_shape, device=self.device, dtype=self.dtype)
+            activations = run_until_captured(
+                self.denoiser,
+                module_paths,
+                lambda: self._forward(self.denoiser, sample, 0, conditioning, conditioning.batch(1)),
+                self.stream,
+            )
+        return describe_layers(activations, module_paths, self.image_size, self.family)
+
+    def _meta_activations(self, module_paths: Mapping[str, str], conditioning: Conditioning) -> dict[str, Tensor]:
         with torch.device("meta"):
             shadow = type(self.denoiser).from_config(self.denoiser.config)
         # buffers made from numpy arrays ignore the default device; nn.Module's own `to`, as diffusers' warns in half
         nn.Module.to(shadow, "meta", self.dtype)
-        side = self.image_size // self.vae_stride
-        sample = torch.empty(1, self.denoiser.config.in_channels, side, side, device="meta", dtype=self.dtype)
-        conditioning = self.conditioning_on(torch.device("meta"))
-        return describe_layers(
-            shadow, module_paths, lambda: self._forward(shadow, sample, 0, conditioning), self.image_size
+        sample = torch.empty(conditioning.sample_shape, device="meta", dtype=self.dtype)
+        return run_until_captured(
+            shadow.eval(),
+            module_paths,
+            lambda: self._forward(shadow, sample, 0, conditioning, conditioning.batch(1)),
+            self.stream,
         )
 
     def available_layers(self) -> list[LayerInfo]:
         return self.describe_layers(canonical_layers(self.denoiser))
 
-    def resolve(self, layers: tuple[str, ...]) -> dict[str, str]:
+    def resolve(self, layers: Sequence[str]) -> dict[str, str]:
         return {layer: resolve_layer(self.denoiser, layer) for layer in layers}
 
     def weights_hash(self) -> str:
@@ -177,31 +236,11 @@ class DiffusionBackbone:
 
         With them the noise schedule and the scale of the latents, which decide the numbers as the weights do.
         """
-        scales = {key: self.vae.config.get(key) for key in ("scaling_factor", "shift_factor")}
-        schedule = {key: self.pipeline.scheduler.config.get(key) for key in SCHEDULE_SETTINGS}
-        digest = hashlib.sha256(fingerprint_of(scales | schedule).encode())
-        for component in ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
-            module = getattr(self.pipeline, component, None)
-            if not isinstance(module, nn.Module):
+        digest = hashlib.sha256(fingerprint_of(self.latent_space.scales() | self.schedule.settings()).encode())
+        for component, module in sorted(self.pipeline.components.items()):
+            if not isinstance(module, nn.Module) or component in UNUSED_COMPONENTS:
                 continue
             for name, tensor in sorted(module.state_dict().items()):
                 digest.update(f"{component}.{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
-
-
-def _for_batch(value: Any, batch: int) -> Any:
-    """A captured argument of a batch of one, expanded; what is no tensor is passed through."""
-    if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == 1:
-        return value.expand(batch, *value.shape[1:])
-    if isinstance(value, dict):
-        return {key: _for_batch(item, batch) for key, item in value.items()}
-    return value
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return value

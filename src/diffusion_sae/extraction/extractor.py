@@ -18,7 +18,8 @@ from ..provenance import ExtractorConfig, Provenance, ProvenanceMismatchError
 from .backbone import DiffusionBackbone
 from .images import image_id, to_pixel_values
 from .layers import LayerInfo
-from .loading import find_artifact, load_pipeline
+from .loading import Placement, find_artifact, load_pipeline
+from .prompts import PromptSource
 from .run import extract_into_store
 
 VERSIONED = ("diffusion-sae", "torch", "diffusers", "transformers", "pillow")
@@ -71,11 +72,12 @@ class DiffusionFeatureExtractor:
         Raises:
             ValueError: if the pipeline is of a family that is not supported, or has no such layer.
         """
-        self.backbone = DiffusionBackbone(
-            pipeline, prompt=config.prompt, image_size=config.image_size, guidance=config.guidance
-        )
+        self.backbone = DiffusionBackbone(pipeline, image_size=config.image_size, guidance=config.guidance)
         self._module_paths = self.backbone.resolve(config.layers)
         self.config = dataclasses.replace(config, image_size=self.backbone.image_size)
+        self.prompts = PromptSource(self.config, self.backbone.device)
+        if config.prompt_from == "config":
+            self.backbone.conditioning(config.prompt)  # finds out before the first image what the model refuses
 
     @classmethod
     def from_pretrained(
@@ -83,6 +85,11 @@ class DiffusionFeatureExtractor:
         model: str | Path = "tiny-sd",
         *,
         device: str | torch.device | None = None,
+        device_map: str | None = None,
+        offload: str | None = None,
+        vae_tiling: bool = False,
+        vae_slicing: bool = False,
+        attention_backend: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -97,6 +104,8 @@ class DiffusionFeatureExtractor:
             model: Hub id or folder of a diffusers pipeline, an embedded name (`tiny-sd`), or an artifact: an SAE, probe
                 or saved extractor, whose recorded settings are then used.
             device: where to run; default CUDA, else MPS, else CPU.
+            device_map, offload, vae_tiling, vae_slicing, attention_backend: diffusers' own means for models that are
+                large or slow; see `Placement`.
             token, cache_dir, local_files_only, subfolder, revision: as in transformers.
             allow_mismatch: load an artifact's extractor even if its base model's weights have changed since.
             **settings: fields of ExtractorConfig (layers, timesteps, pooling, prompt, seed, image_size, dtype, …).
@@ -126,7 +135,15 @@ class DiffusionFeatureExtractor:
                     f"{', '.join(f'{key}={getattr(given, key)!r}' for key in differing)}. Leave these out, or load "
                     f"{config.model!r} itself with them."
                 )
-        extractor = cls(load_pipeline(config, device=device, **hub), config)
+        placement = Placement(
+            device=device,
+            device_map=device_map,
+            offload=offload,
+            vae_tiling=vae_tiling,
+            vae_slicing=vae_slicing,
+            attention_backend=attention_backend,
+        )
+        extractor = cls(load_pipeline(config, placement, **hub), config)
         if recorded is not None and extractor.provenance.weights != recorded.weights and not allow_mismatch:
             raise ProvenanceMismatchError(
                 f"{model!r} was made with weights {recorded.weights} of {config.model!r}, which now has "
@@ -139,8 +156,8 @@ class DiffusionFeatureExtractor:
         return self.backbone.device
 
     def to(self, device: str | torch.device) -> Self:
-        self.backbone.pipeline.to(device)
-        self.backbone.conditioning = self.backbone.conditioning_on(torch.device(device))
+        self.backbone.to(device)
+        self.prompts = PromptSource(self.config, self.backbone.device)
         return self
 
     def available_layers(self) -> list[LayerInfo]:
@@ -158,35 +175,67 @@ class DiffusionFeatureExtractor:
         return Provenance(**self.config.to_dict(), weights=self.backbone.weights_hash(), versions=versions)
 
     def preprocess(self, images: Any) -> Tensor:
-        """Images to pixel_values (B, 3, H, W) in [-1, 1]: shorter side resized, centre crop."""
-        return to_pixel_values(images, self.backbone.image_size)
+        """Images to pixel_values (B, 3, H, W) in [-1, 1]: cropped and resized as the config says."""
+        return to_pixel_values(images, self.backbone.image_size, **self.preprocessing)
 
-    def __call__(self, images: Any, image_ids: Sequence[str] | None = None) -> ExtractedFeatures:
+    @property
+    def preprocessing(self) -> dict[str, str]:
+        """How images are made square."""
+        return {"crop": self.config.crop, "resample": self.config.resample}
+
+    def __call__(
+        self, images: Any, image_ids: Sequence[str] | None = None, prompts: Sequence[str] | None = None
+    ) -> ExtractedFeatures:
         """Features of one image or a batch.
 
         Args:
             images: a PIL image, path, array, tensor (B, 3, H, W) in [-1, 1], a `datasets` image column, or a list.
             image_ids: what the noise is drawn by; default the content of the preprocessed image.
+            prompts: a text an image, for prompt_from="image", or a class name an image, for prompt_from="class".
         """
         pixel_values = self.preprocess(images)
         if image_ids is None:
             image_ids = [image_id(image) for image in pixel_values]
         if len(image_ids) != len(pixel_values):
             raise ValueError(f"Got {len(pixel_values)} images and {len(image_ids)} image_ids; give one an image.")
-        return self._features(pixel_values, list(image_ids))
+        return self.features_of(pixel_values, list(image_ids), prompts)
 
-    def _features(self, pixel_values: Tensor, image_ids: list[str]) -> ExtractedFeatures:
+    def features_of(
+        self, pixel_values: Tensor, image_ids: list[str], prompts: Sequence[str] | None = None
+    ) -> ExtractedFeatures:
+        """Features of images that are preprocessed already: (B, 3, image_size, image_size) in [-1, 1]."""
+        chosen = self.prompts(pixel_values, prompts)
         latents = self.backbone.encode(pixel_values)
-        by_timestep = {}
+        features: dict[tuple[str, int], Tensor] = {}
         for t in self.config.timesteps:
-            noisy = self.backbone.add_noise(latents, image_ids, seed=self.config.seed, timestep=t)
-            by_timestep[t] = self.backbone.activations(noisy, t, self._module_paths)
-        features = {
-            (layer, t): pool(by_timestep[t][layer], self.config.pooling)
-            for layer in self.config.layers
-            for t in self.config.timesteps
-        }
-        return ExtractedFeatures(features, image_ids)
+            activations = self._mean_activations(latents, image_ids, t, chosen)
+            for layer in self.config.layers:
+                # popped, so that an activation is freed as soon as it is pooled
+                features[layer, t] = pool(activations.pop(layer), self.config.pooling)
+        in_order = {(layer, t): features[layer, t] for layer in self.config.layers for t in self.config.timesteps}
+        return ExtractedFeatures(in_order, image_ids)
+
+    def _mean_activations(
+        self, latents: Tensor, image_ids: list[str], timestep: int, prompts: str | list[str]
+    ) -> dict[str, Tensor]:
+        """Activations of one timestep, averaged over the draws of the noise."""
+        config = self.config
+        total: dict[str, Tensor] = {}
+        for member in range(config.ensemble):
+            noisy = latents
+            if config.noise == "seeded":
+                noisy = self.backbone.add_noise(latents, image_ids, seed=config.seed, timestep=timestep, member=member)
+            drawn = self._activations(noisy, timestep, prompts)
+            total = drawn if not total else {layer: total[layer] + drawn[layer] for layer in drawn}
+        return total if config.ensemble == 1 else {layer: value / config.ensemble for layer, value in total.items()}
+
+    def _activations(self, noisy: Tensor, timestep: int, prompts: str | list[str]) -> dict[str, Tensor]:
+        conditional = self.backbone.activations(noisy, timestep, self._module_paths, prompts)
+        if not self.config.classifier_free_pair:
+            return conditional
+        empty = self.backbone.activations(noisy, timestep, self._module_paths, "")
+        # along the channels: (B, C, h, w) or (B, T, C)
+        return {k: torch.cat([empty[k], v], dim=1 if v.ndim == 4 else 2) for k, v in conditional.items()}
 
     def extract(
         self,

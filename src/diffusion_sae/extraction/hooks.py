@@ -6,39 +6,105 @@ from typing import Any
 
 from torch import Tensor, nn
 
+DIFFERENCE = ":diff"  # suffix of a layer's name: what the module adds to its input
+
 
 class _ForwardStopped(Exception):  # noqa: N818  control flow, never seen outside this module
     """All wanted layers have been read."""
 
 
-def activation_of(output: Any) -> Tensor:
-    """The hidden states in what a block returned: down blocks and attention blocks return tuples or outputs."""
-    while not isinstance(output, Tensor):
-        output = output[0]
-    return output
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors at the top of what a module returned: down blocks and attention blocks return tuples or outputs."""
+    if isinstance(output, Tensor):
+        return [output]
+    items = output if isinstance(output, tuple | list) else getattr(output, "to_tuple", tuple)()
+    return [item for item in items if isinstance(item, Tensor)]
+
+
+class ImageStream:
+    """Finds the image's hidden states in what a module took or returned.
+
+    U-Net blocks return them first. Blocks of transformers with text beside the image return both, in an order that
+    differs between models, or one sequence of both: the image's part is known by its number of tokens.
+    """
+
+    def __init__(self, num_tokens: int | None, text_in_sequence: str | None = None) -> None:
+        self.num_tokens = num_tokens
+        """Image tokens of a transformer; None for a U-Net."""
+        self.text_in_sequence = text_in_sequence
+
+    def __call__(self, output: Any, layer: str) -> Tensor:
+        tensors = tensors_of(output)
+        if self.num_tokens is None or not tensors or tensors[0].ndim != 3:
+            return self._checked(tensors, layer)
+        fitting = [t for t in tensors if t.ndim == 3 and t.shape[1] == self.num_tokens]
+        if len(fitting) > 1:
+            raise ValueError(
+                f"Layer {layer} puts out {len(fitting)} streams of {self.num_tokens} tokens, so that image and text "
+                "cannot be told apart. Choose another image_size."
+            )
+        return fitting[0] if fitting else self._cut(tensors[0], layer)
+
+    def _cut(self, sequence: Tensor, layer: str) -> Tensor:
+        """The image's part of a sequence of text and image tokens."""
+        tokens = self.num_tokens or 0
+        if sequence.shape[1] < tokens:
+            raise ValueError(
+                f"Layer {layer} works on {sequence.shape[1]} tokens where the image has {tokens}: it does not put out "
+                "image tokens. Choose another layer, for instance of available_layers()."
+            )
+        if self.text_in_sequence is None:
+            raise ValueError(
+                f"Layer {layer} puts out {sequence.shape[1]} tokens, text and {tokens} of the image, and it is not "
+                "known which come first: add the denoiser to FAMILIES in extraction/families.py."
+            )
+        return sequence[:, -tokens:] if self.text_in_sequence == "first" else sequence[:, :tokens]
+
+    @staticmethod
+    def _checked(tensors: list[Tensor], layer: str) -> Tensor:
+        if not tensors or tensors[0].ndim not in (3, 4):
+            shape = tuple(tensors[0].shape) if tensors else None
+            raise ValueError(
+                f"Layer {layer} puts out the shape {shape}. Features come from layers that put "
+                "out (B, C, h, w) or (B, T, C); choose such a one, for instance of available_layers()."
+            )
+        return tensors[0]
+
+
+def _input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
 
 
 def run_until_captured(
-    denoiser: nn.Module, module_paths: Mapping[str, str], forward: Callable[[], object]
+    denoiser: nn.Module,
+    module_paths: Mapping[str, str],
+    forward: Callable[[], object],
+    stream: Callable[[Any, str], Tensor],
 ) -> dict[str, Tensor]:
     """Call `forward` and return {layer: activations}; nothing after the last wanted layer is computed."""
     captured: dict[str, Tensor] = {}
 
     def make_hook(layer: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            activations = activation_of(output)
-            if activations.ndim not in (3, 4):
-                raise ValueError(
-                    f"Layer {layer} puts out the shape {tuple(activations.shape)}. Features come from layers that put "
-                    "out (B, C, h, w) or (B, T, C); choose such a one, for instance of available_layers()."
-                )
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            activations = stream(output, layer)
+            if layer.endswith(DIFFERENCE):
+                entered = stream(_input_of(args, kwargs), layer)
+                if entered.shape != activations.shape:
+                    raise ValueError(
+                        f"Layer {layer} takes {tuple(entered.shape)} and puts out {tuple(activations.shape)}: a "
+                        f"difference needs equal shapes. Leave out {DIFFERENCE!r}, or choose a module within it."
+                    )
+                activations = activations - entered
             captured.setdefault(layer, activations)
             if len(captured) == len(module_paths):
                 raise _ForwardStopped
 
         return hook
 
-    handles = [denoiser.get_submodule(p).register_forward_hook(make_hook(name)) for name, p in module_paths.items()]
+    handles = [
+        denoiser.get_submodule(path).register_forward_hook(make_hook(name), with_kwargs=True)
+        for name, path in module_paths.items()
+    ]
     try:
         forward()
     except _ForwardStopped:

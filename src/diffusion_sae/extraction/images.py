@@ -77,13 +77,16 @@ def load_image(source: Any, name: str | None = None) -> Image.Image:
     )
 
 
-def preprocess(image: Image.Image, size: int) -> Float[Tensor, "3 size size"]:
-    """Shorter side to `size` (bicubic), centre crop, values in [-1, 1]."""
+def preprocess(
+    image: Image.Image, size: int, *, crop: str = "center", resample: str = "bicubic"
+) -> Float[Tensor, "3 size size"]:
+    """Middle square, or with crop="none" the whole image, resized to size × size; values in [-1, 1]."""
     if image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
+        width, height = (min(image.size),) * 2 if crop == "center" else image.size
+        left, top = (image.width - width) / 2, (image.height - height) / 2
         # resampled within the crop alone: a strip of 1 × 10,000 pixels would not fit into memory otherwise
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        box = (left, top, left + width, top + height)
+        image = image.resize((size, size), Image.Resampling[resample.upper()], box=box)
     pixels = torch.from_numpy(np.asarray(image, dtype=np.uint8).copy())
     return pixels.permute(2, 0, 1).float() / 127.5 - 1  # (H, W, 3) -> (3, H, W)
 
@@ -115,10 +118,13 @@ def check_pixel_values(pixel_values: Tensor, size: int | None = None) -> Float[T
     return batch
 
 
-def to_pixel_value(source: Any, size: int, name: str | None = None) -> Float[Tensor, "3 size size"]:
-    """One image of a list, preprocessed; a tensor must be so already. Errors call it by its file or `name`."""
+def to_pixel_value(source: Any, size: int, name: str | None = None, **how: str) -> Float[Tensor, "3 size size"]:
+    """One image of a list, preprocessed as `how` says (crop, resample); a tensor must be so already.
+
+    Errors call it by its file or `name`.
+    """
     if not isinstance(source, Tensor):
-        return preprocess(load_image(source, name), size)
+        return preprocess(load_image(source, name), size, **how)
     if source.ndim != 3:
         raise ImageError(f"Image {name!r} of a list must have shape (3, {size}, {size}), got {tuple(source.shape)}.")
     try:
@@ -127,7 +133,7 @@ def to_pixel_value(source: Any, size: int, name: str | None = None) -> Float[Ten
         raise ImageError(f"Cannot use the image {name!r}: {error}") from error
 
 
-def to_pixel_values(images: Any, size: int) -> Float[Tensor, "B 3 size size"]:
+def to_pixel_values(images: Any, size: int, **how: str) -> Float[Tensor, "B 3 size size"]:
     """Anything that `ACCEPTED` lists, as one preprocessed batch."""
     if isinstance(images, Tensor):
         return check_pixel_values(images, size)
@@ -138,4 +144,4 @@ def to_pixel_values(images: Any, size: int) -> Float[Tensor, "B 3 size size"]:
     if not sources:
         raise ImageError(f"Got no images: an empty {type(images).__name__}. Give {ACCEPTED}.")
     names = [None] if single else [str(i) for i in range(len(sources))]
-    return torch.stack([to_pixel_value(s, size, name) for s, name in zip(sources, names, strict=True)])
+    return torch.stack([to_pixel_value(s, size, name, **how) for s, name in zip(sources, names, strict=True)])

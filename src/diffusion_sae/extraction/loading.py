@@ -1,5 +1,6 @@
 """Finding and loading what an extractor is made of: a diffusers pipeline, or an artifact that names one."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+from .._config import check, check_choice
 from ..provenance import EXTRACTOR_CONFIG_NAME, ExtractorConfig, Provenance
 from ..zoo import resolve_source
 
@@ -29,8 +31,51 @@ def find_artifact(name: str, *, subfolder: str = "", **hub: Any) -> Provenance |
         return None
 
 
-def load_pipeline(config: ExtractorConfig, *, device: str | torch.device | None = None, **hub: Any) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where and how a pipeline runs. All of it is diffusers' own; none of it decides the features beyond rounding."""
+
+    device: str | torch.device | None = None
+    """Default: CUDA, else MPS, else the CPU."""
+    device_map: str | None = None
+    """diffusers' `device_map`, such as balanced: the components spread over several accelerators."""
+    offload: str | None = None
+    """model, sequential: `enable_model_cpu_offload`, `enable_sequential_cpu_offload`; needs an accelerator."""
+    vae_tiling: bool = False
+    vae_slicing: bool = False
+    attention_backend: str | None = None
+    """Name that the denoiser's `set_attention_backend` takes, such as native or flash."""
+
+    def __post_init__(self) -> None:
+        check_choice("offload", self.offload, (None, "model", "sequential"))
+        chosen = [name for name in ("device_map", "offload") if getattr(self, name) is not None]
+        check(len(chosen) < 2, "device_map and offload exclude each other; give one.")
+        check(
+            self.device_map is None or self.device is None,
+            "device_map decides the devices itself; leave out device.",
+        )
+
+    def apply(self, pipeline: Any) -> None:
+        vae = getattr(pipeline, "vae", None)
+        for wanted, method in ((self.vae_tiling, "enable_tiling"), (self.vae_slicing, "enable_slicing")):
+            if wanted and not hasattr(vae, method):
+                raise ValueError(f"{type(pipeline).__name__} has no VAE with {method}(); leave it out.")
+            if wanted:
+                getattr(vae, method)()
+        if self.attention_backend is not None:
+            denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+            denoiser.set_attention_backend(self.attention_backend)
+        if self.offload == "model":
+            pipeline.enable_model_cpu_offload(device=self.device)
+        elif self.offload == "sequential":
+            pipeline.enable_sequential_cpu_offload(device=self.device)
+        elif self.device_map is None:
+            pipeline.to(self.device or default_device())
+
+
+def load_pipeline(config: ExtractorConfig, placement: Placement | None = None, **hub: Any) -> Any:
     """The diffusers pipeline of a config in its dtype, from safetensors alone, without the parts that do not matter."""
+    placement = placement or Placement()
     from diffusers import DiffusionPipeline
 
     source = resolve_source(config.model)
@@ -39,13 +84,14 @@ def load_pipeline(config: ExtractorConfig, *, device: str | torch.device | None 
     if "requires_safety_checker" in index:
         unused["requires_safety_checker"] = False  # type: ignore[assignment]
     dtype = getattr(torch, config.dtype)
+    spread = {} if placement.device_map is None else {"device_map": placement.device_map}
     pipeline = DiffusionPipeline.from_pretrained(
-        source, dtype=dtype, revision=config.revision, use_safetensors=True, **unused, **hub
+        source, dtype=dtype, revision=config.revision, use_safetensors=True, **spread, **unused, **hub
     )
     if config.random_weights:
         randomise_denoiser(pipeline, config.seed)
     vae = getattr(pipeline, "vae", None)
-    pipeline.to(device or default_device())
+    placement.apply(pipeline)
     if dtype == torch.float16 and vae is not None and getattr(vae.config, "force_upcast", False):
         vae.to(torch.float32)  # SDXL's VAE overflows in fp16
     return pipeline

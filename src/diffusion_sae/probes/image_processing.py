@@ -7,21 +7,27 @@ from transformers.image_processing_backends import PilBackend
 
 
 class DiffusionImageProcessor(PilBackend):
-    """Shorter side to `size`, centre crop, values in [-1, 1]: the extractor's own preprocessing, nothing beside it."""
+    """Crop, resize, values in [-1, 1]: the extractor's own preprocessing, nothing beside it."""
 
     model_input_names = ["pixel_values"]  # noqa: RUF012  transformers' own annotation
 
-    def __init__(self, size: int = 512, **kwargs: Any) -> None:
+    def __init__(self, size: int = 512, crop: str = "center", resample: str = "bicubic", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.size = size  # type: ignore[assignment]
+        self.crop = crop
+        self.resample = resample  # type: ignore[assignment]
 
     def preprocess(self, images: Any, return_tensors: str = "pt", **_: Any) -> BatchFeature:  # type: ignore[override]
         from .pipeline import preprocess_images
 
-        return BatchFeature({"pixel_values": preprocess_images(images, self.size)}, tensor_type=return_tensors)
+        pixel_values = preprocess_images(images, self.size, crop=self.crop, resample=self.resample)
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         return self.preprocess(images, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"image_processor_type": type(self).__name__, "size": self.size}
+        return {"image_processor_type": type(self).__name__, "size": self.size} | {
+            "crop": self.crop,
+            "resample": self.resample,
+        }

@@ -127,9 +127,14 @@ class DiffusionProbe(ArtifactModel):
         from .image_processing import DiffusionImageProcessor
 
         super()._write_artifact(folder, repo_id, **kwargs)
-        size = None if self.provenance is None else self.provenance.image_size
+        made_for = self.provenance
         # without an extraction too: else the pipeline misses this file and says so, instead of what is really missing
-        DiffusionImageProcessor(**({} if size is None else {"size": size})).save_pretrained(folder)
+        processor = (
+            DiffusionImageProcessor()
+            if made_for is None or made_for.image_size is None
+            else DiffusionImageProcessor(made_for.image_size, made_for.crop, made_for.resample)
+        )
+        processor.save_pretrained(folder)
 
     def card_text(self, repo_id: str) -> dict[str, Any]:
         """What the model card says of this probe."""

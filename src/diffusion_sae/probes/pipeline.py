@@ -40,9 +40,9 @@ def extractor_of(probe: "DiffusionProbe") -> DiffusionFeatureExtractor:
     return extractor
 
 
-def preprocess_images(images: Any, size: int) -> Tensor:
+def preprocess_images(images: Any, size: int, **how: str) -> Tensor:
     """(B, 3, size, size) in [-1, 1]."""
-    return to_pixel_values(images, size)
+    return to_pixel_values(images, size, **how)
 
 
 class DiffusionProbePipeline(ImageClassificationPipeline):

@@ -1,0 +1,47 @@
+"""The table of families: the few facts about a denoiser that its pipeline and its shapes do not tell.
+
+A family that is not listed works if it needs none of these. Where one is needed and unknown an error says which line to
+add, and nothing is guessed.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to read and call one kind of denoiser."""
+
+    text_in_sequence: str | None = None
+    """Where blocks that work on one sequence of text and image tokens have the text: first or last."""
+    call: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the pipeline's call that switch off what has no meaning for a given image."""
+    padded_text: bool = True
+    """False if the blocks drop the padding, so that images with texts of other lengths cannot share a batch."""
+
+
+# by class of the denoiser
+FAMILIES = {
+    "PixArtTransformer2DModel": Family(call={"use_resolution_binning": False}),
+    "HunyuanDiT2DModel": Family(call={"use_resolution_binning": False}),
+    "SanaTransformer2DModel": Family(call={"use_resolution_binning": False}),
+    "FluxTransformer2DModel": Family(text_in_sequence="first"),
+    "ChromaTransformer2DModel": Family(text_in_sequence="first"),
+    "AuraFlowTransformer2DModel": Family(text_in_sequence="first"),
+    "Lumina2Transformer2DModel": Family(text_in_sequence="first", padded_text=False),
+}
+
+# Canonical names by module path, in the order of the forward pass.
+CANONICAL = (
+    (r"down_blocks\.(\d+)", "down_ft{}"),
+    (r"mid_block", "bottleneck"),
+    (r"up_blocks\.(\d+)", "up_ft{}"),
+    (r"(?:joint_)?transformer_blocks\.(\d+)", "block{}"),
+    (r"blocks\.(\d+)", "block{}"),  # HunyuanDiT, Wan
+    (r"layers\.(\d+)", "block{}"),  # Lumina 2
+    (r"single_transformer_blocks\.(\d+)", "single_block{}"),
+)
+
+
+def family_entry(denoiser: object) -> Family:
+    return FAMILIES.get(type(denoiser).__name__, Family())

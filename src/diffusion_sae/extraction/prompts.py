@@ -1,0 +1,89 @@
+"""Which prompt the denoiser is given for an image."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from ..provenance import ExtractorConfig
+
+
+class PromptSource:
+    """The prompts of a batch by `ExtractorConfig.prompt_from`.
+
+    | prompt_from | prompt of an image |
+    |---|---|
+    | `config` | `prompt`, the same for all |
+    | `class` | `prompt` with its class name in place of `{}` |
+    | `image` | its own text |
+    | `clip` | that of `prompt_choices` which CLIP scores highest for it (Revelio's `from_CLIP`) |
+
+    `class` tells the model the answer: accuracies on such features say nothing about what it sees in the image.
+    """
+
+    def __init__(self, config: ExtractorConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+
+    @property
+    def needs_texts(self) -> bool:
+        """Whether a text an image has to be given."""
+        return self.config.prompt_from in ("class", "image")
+
+    def __call__(self, pixel_values: Float[Tensor, "B 3 H W"], texts: Sequence[str] | None = None) -> str | list[str]:
+        """One prompt for all, or one an image.
+
+        Args:
+            pixel_values: the preprocessed images.
+            texts: a class name an image for `class`, a prompt an image for `image`, else None.
+        """
+        kind = self.config.prompt_from
+        if self.needs_texts and (texts is None or len(texts) != len(pixel_values)):
+            what = "class name" if kind == "class" else "prompt"
+            given = "none" if texts is None else str(len(texts))
+            raise ValueError(
+                f"prompt_from={kind!r} needs a {what} for each image: {len(pixel_values)} images, prompts: {given}."
+            )
+        if not self.needs_texts and texts is not None:
+            raise ValueError(
+                f"prompts were given, but prompt_from={kind!r} does not take them. Use 'image' or 'class'."
+            )
+        if kind == "clip":
+            best = self._scores(pixel_values).argmax(1).tolist()
+            return [self.config.prompt_choices[i] for i in best]
+        if texts is None:
+            return self.config.prompt
+        return [self.config.prompt.replace("{}", text) if kind == "class" else str(text) for text in texts]
+
+    @cached_property
+    def _clip(self) -> tuple[Any, Any, Tensor]:
+        """Model, image processor, and the unit-norm embeddings of the choices."""
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+        name = str(self.config.clip_model)
+        # Any: a CLIPModel, SiglipModel or another of their interface, which AutoModel has no type of
+        model: Any = AutoModel.from_pretrained(name).eval().to(self.device)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        text = tokenizer(list(self.config.prompt_choices), padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            embeddings = _embedding(model.get_text_features(**text.to(self.device)))
+        return model, AutoImageProcessor.from_pretrained(name, backend="pil"), embeddings
+
+    @torch.no_grad()
+    def _scores(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B choices"]:
+        """Cosine similarities; CLIP sees the image as the diffusion model does, after crop and resize."""
+        model, processor, choices = self._clip
+        pixels = ((pixel_values.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        images = [Image.fromarray(np.asarray(image.permute(1, 2, 0))) for image in pixels]  # (3, H, W) -> (H, W, 3)
+        inputs = processor(images, return_tensors="pt").to(self.device)
+        return _embedding(model.get_image_features(**inputs)) @ choices.T
+
+
+def _embedding(output: Any) -> Float[Tensor, "n d"]:
+    pooled = output if isinstance(output, Tensor) else output.pooler_output
+    return torch.nn.functional.normalize(pooled.float(), dim=-1)
