@@ -24,9 +24,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _any_layer(model: str) -> dict[str, Any]:
     """An artifact fixes its layers; a pipeline is asked for whichever exists."""
-    from ..extraction.loading import find_artifact, first_layer
+    from ..extraction.loading import find_artifact, first_settings
 
-    return {} if find_artifact(model) is not None else {"layers": (first_layer(model),)}
+    return {} if find_artifact(model) is not None else first_settings(model)
 
 
 def show(result: dict[str, Any]) -> str:

@@ -16,9 +16,10 @@ from ..features import FeatureStore
 from ..hub.push import push_folder
 from ..provenance import ExtractorConfig, Provenance, ProvenanceMismatchError
 from .backbone import DiffusionBackbone
+from .encoders import EncoderBackbone
 from .images import image_id, to_pixel_values
 from .layers import LayerInfo
-from .loading import Placement, find_artifact, load_pipeline
+from .loading import Placement, find_artifact, load_model
 from .prompts import PromptSource
 from .run import extract_into_store
 
@@ -67,12 +68,16 @@ class DiffusionFeatureExtractor:
     """
 
     def __init__(self, pipeline: Any, config: ExtractorConfig) -> None:
-        """Wrap a diffusers pipeline that is loaded already; `from_pretrained` loads one.
+        """Wrap a diffusers pipeline (or an EncoderBackbone) that is loaded already; `from_pretrained` loads one.
 
         Raises:
             ValueError: if the pipeline is of a family that is not supported, or has no such layer.
         """
-        self.backbone = DiffusionBackbone(pipeline, image_size=config.image_size, guidance=config.guidance)
+        self.backbone = (
+            pipeline
+            if isinstance(pipeline, EncoderBackbone)
+            else DiffusionBackbone(pipeline, image_size=config.image_size, guidance=config.guidance)
+        )
         self._module_paths = self.backbone.resolve(config.layers)
         self.config = dataclasses.replace(config, image_size=self.backbone.image_size)
         self.prompts = PromptSource(self.config, self.backbone.device)
@@ -102,7 +107,8 @@ class DiffusionFeatureExtractor:
 
         Args:
             model: Hub id or folder of a diffusers pipeline, an embedded name (`tiny-sd`), or an artifact: an SAE, probe
-                or saved extractor, whose recorded settings are then used.
+                or saved extractor, whose recorded settings are then used. Also a transformers vision model (DINOv2,
+                CLIP, ViT, …), as a baseline, with timesteps=(0,).
             device: where to run; default CUDA, else MPS, else CPU.
             device_map, offload, vae_tiling, vae_slicing, attention_backend: diffusers' own means for models that are
                 large or slow; see `Placement`.
@@ -143,7 +149,7 @@ class DiffusionFeatureExtractor:
             vae_slicing=vae_slicing,
             attention_backend=attention_backend,
         )
-        extractor = cls(load_pipeline(config, placement, **hub), config)
+        extractor = cls(load_model(config, placement, **hub), config)
         if recorded is not None and extractor.provenance.weights != recorded.weights and not allow_mismatch:
             raise ProvenanceMismatchError(
                 f"{model!r} was made with weights {recorded.weights} of {config.model!r}, which now has "

@@ -38,7 +38,7 @@ CANONICAL = (
     (r"up_blocks\.(\d+)", "up_ft{}"),
     (r"(?:joint_)?transformer_blocks\.(\d+)", "block{}"),
     (r"blocks\.(\d+)", "block{}"),  # HunyuanDiT, Wan
-    (r"layers\.(\d+)", "block{}"),  # Lumina 2
+    (r"(?:encoder\.|model\.)?layers?\.(\d+)", "block{}"),  # Lumina 2, vision encoders
     (r"single_transformer_blocks\.(\d+)", "single_block{}"),
 )
 

@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from .._config import check, check_choice
 from ..provenance import EXTRACTOR_CONFIG_NAME, ExtractorConfig, Provenance
 from ..zoo import resolve_source
+from .encoders import is_encoder, load_encoder
 
 
 def find_artifact(name: str, *, subfolder: str = "", **hub: Any) -> Provenance | None:
@@ -73,9 +74,17 @@ class Placement:
             pipeline.to(self.device or default_device())
 
 
-def load_pipeline(config: ExtractorConfig, placement: Placement | None = None, **hub: Any) -> Any:
-    """The diffusers pipeline of a config in its dtype, from safetensors alone, without the parts that do not matter."""
+def load_model(config: ExtractorConfig, placement: Placement | None = None, **hub: Any) -> Any:
+    """The diffusers pipeline of a config, or the vision encoder."""
     placement = placement or Placement()
+    source = resolve_source(config.model)
+    if is_encoder(source, revision=config.revision, **hub):
+        return load_encoder(config, source, placement.device or default_device(), **hub)
+    return load_pipeline(config, placement, **hub)
+
+
+def load_pipeline(config: ExtractorConfig, placement: Placement, **hub: Any) -> Any:
+    """The diffusers pipeline of a config in its dtype, from safetensors alone, without the parts that do not matter."""
     from diffusers import DiffusionPipeline
 
     source = resolve_source(config.model)
@@ -114,11 +123,14 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def first_layer(model: str) -> str:
-    """A canonical layer that the model surely has, by the kind of its denoiser."""
+def first_settings(model: str) -> dict[str, Any]:
+    """Settings that an extractor of the model surely takes: a canonical layer by its kind, and a timestep."""
     from diffusers import DiffusionPipeline
 
-    return "bottleneck" if "unet" in DiffusionPipeline.load_config(resolve_source(model)) else "block0"
+    source = resolve_source(model)
+    if is_encoder(source, revision=None):
+        return {"layers": ("block0",), "timesteps": (0,)}
+    return {"layers": ("bottleneck" if "unet" in DiffusionPipeline.load_config(source) else "block0",)}
 
 
 def hide_loading_bars() -> None:
