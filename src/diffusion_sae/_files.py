@@ -51,6 +51,12 @@ def fingerprint_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def require_writable_folder(folder: str | Path) -> Path:
     """The folder, made if need be; found out before the long work starts, not after it."""
     folder = Path(folder)

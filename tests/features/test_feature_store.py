@@ -9,16 +9,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusion_sae.features import FeatureStore, Shard, StoreWriter
-from diffusion_sae.features.store import MANIFEST, read_header
+from diffusion_sae.features.layout import MANIFEST, read_header
 from diffusion_sae.provenance import Provenance, ProvenanceMismatchError
 
 LAYERS, TIMESTEPS = ("bottleneck", "up_blocks.1.attentions.0"), (0, 25)
 KEYS = [(layer, t) for layer in LAYERS for t in TIMESTEPS]
-SHARD_SIZES = (3, 1, 4)
-COUNT = sum(SHARD_SIZES)
+SHARD_SIZE, COUNT = 3, 8
+SHARD_SIZES = (3, 3, 2)
+SHARD_FILES = [f"shard-0000{i}.{kind}" for i in range(3) for kind in ("json", "parquet", "safetensors")]
+TENSORS = [f"{layer}@{t}" for layer, t in KEYS]
 IDS = [f"id-{i}" for i in range(COUNT)]
 SOURCES = [f"bag/image-{i}.png" for i in range(COUNT)]
 LABELS = [2, 0, 1, 1, 0, 2, 2, 1]
+REPAIR = r"delete shard-00001\.safetensors, shard-00001\.parquet and shard-00001\.json and call extract again"
 SHAPES = {"mean": (8,), "max": (8,), "tokens": (9, 8), "none": (8, 3, 3)}
 
 
@@ -35,23 +38,24 @@ def make_features(pooling="mean", dtype="float32"):
 
 
 def begin(folder, pooling="mean", dtype="float32", *, record=None, **data):
-    given = {"source_names": SOURCES, "labels": LABELS, "class_names": ["a", "b", "c"], "shard_size": 4, **data}
-    return StoreWriter(folder, record or provenance(pooling, dtype), **given)
+    given = {"source_names": SOURCES, "labels": LABELS, "class_names": ["a", "b", "c"], "shard_size": SHARD_SIZE}
+    return StoreWriter(folder, record or provenance(pooling, dtype), **given | data)
 
 
-def write_store(folder, pooling="mean", dtype="float32", *, labels=LABELS, record=None):
-    """Three shards of different sizes, the first of two batches."""
+def write_shard(writer, number, features, *, ids=IDS, sources=SOURCES, labels=LABELS):
+    """In two batches."""
+    shard, rows = writer.new_shard(), writer.part.rows(number)
+    for batch in (rows[:1], rows[1:]):
+        values = {key: v[batch.start : batch.stop] for key, v in features.items()}
+        shard.add(values, *([c[i] for i in batch] for c in (ids, sources, labels)))
+    writer.write(number, shard)
+
+
+def write_store(folder, pooling="mean", dtype="float32", *, labels=LABELS, **begun):
     features = make_features(pooling, dtype)
-    writer = begin(folder, pooling, dtype, labels=labels, record=record)
-    start = 0
-    for size in SHARD_SIZES:
-        shard = Shard()
-        for first, stop in ((start, start + 1), (start + 1, start + size)):
-            if stop > first:
-                rows = slice(first, stop)
-                shard.add({key: v[rows] for key, v in features.items()}, IDS[rows], SOURCES[rows], labels[rows])
-        writer.write(shard)
-        start += size
+    writer = begin(folder, pooling, dtype, labels=labels, **begun)
+    for number in writer.missing:
+        write_shard(writer, number, features, labels=labels)
     writer.finish()
     return features
 
@@ -115,9 +119,11 @@ def test_rows_of_tokens(tmp_path):
 def test_selected_features_are_mapped_not_read(pristine):
     """Opening and selecting must not read the data: writing through the map would, and must not reach the disk."""
     before = (pristine / "shard-00000.safetensors").read_bytes()
-    blocks = FeatureStore(pristine).select("bottleneck", 0)._blocks
-    assert [len(block) for block in blocks] == list(SHARD_SIZES)
-    blocks[0].fill_(5)
+    selected = FeatureStore(pristine).select("bottleneck", 0)
+    assert [len(block) for block in selected._blocks] == list(SHARD_SIZES)
+    assert not any(isinstance(block, torch.Tensor) for block in selected._blocks)
+    selected._block(0).fill_(5)
+    assert selected[[0]].tolist() == [[5.0] * 8]
     assert (pristine / "shard-00000.safetensors").read_bytes() == before
 
 
@@ -125,11 +131,11 @@ def test_shards_are_plain_safetensors(pristine):
     features = make_features()
     loaded = load_file(pristine / "shard-00002.safetensors")
     assert set(loaded) == {"bottleneck@0", "bottleneck@25", "up_blocks.1.attentions.0@0", "up_blocks.1.attentions.0@25"}
-    assert torch.equal(loaded["bottleneck@25"], features["bottleneck", 25][4:])
+    assert torch.equal(loaded["bottleneck@25"], features["bottleneck", 25][6:])
     index = pq.read_table(pristine / "shard-00002.parquet").to_pydict()
-    assert index == {"image_id": IDS[4:], "source": SOURCES[4:], "label": LABELS[4:]}
+    assert index == {"image_id": IDS[6:], "source": SOURCES[6:], "label": LABELS[6:]}
     names = sorted(path.name for path in pristine.iterdir())
-    assert names == [MANIFEST, *(f"shard-0000{i}.{kind}" for i in range(3) for kind in ("parquet", "safetensors"))]
+    assert names == [MANIFEST, *SHARD_FILES]
 
 
 def test_writing_twice_gives_the_same_bytes(pristine, tmp_path):
@@ -166,30 +172,59 @@ def test_unfinished_store(tmp_path):
     with pytest.raises(ValueError, match="holds no images yet"):
         store.select("bottleneck", 0)
     features = make_features()
-    shard = Shard()
-    shard.add({key: v[:4] for key, v in features.items()}, IDS[:4], SOURCES[:4], LABELS[:4])
-    writer.write(shard)
+    write_shard(writer, 0, features)
     store = FeatureStore(tmp_path)
-    assert (len(store), store.complete) == (4, False)
-    assert torch.equal(store.select("bottleneck", 0).to_tensor(), features["bottleneck", 0][:4])
+    assert (len(store), store.complete) == (3, False)
+    assert torch.equal(store.select("bottleneck", 0).to_tensor(), features["bottleneck", 0][:3])
+    writer.finish()  # does not complete what lacks shards
+    assert not FeatureStore(tmp_path).complete
+
+
+def test_unfinished_store_with_a_hole(tmp_path):
+    """As several processes leave it: the second shard is not there yet."""
+    features, writer = make_features(), begin(tmp_path)
+    for number in (2, 0):
+        write_shard(writer, number, features)
+    store = FeatureStore(tmp_path)
+    kept = [0, 1, 2, 6, 7]
+    assert store.image_ids == [IDS[i] for i in kept]
+    assert torch.equal(store.select("bottleneck", 0).to_tensor(), features["bottleneck", 0][kept])
+    again = begin(tmp_path)
+    assert again.missing == [1]
+    write_shard(again, 1, features)
+    again.finish()
+    assert FeatureStore(tmp_path).image_ids == IDS
+
+
+def test_the_manifest_is_written_at_the_beginning_and_at_the_end(tmp_path):
+    features, writer = make_features(), begin(tmp_path)
+    begun = (tmp_path / MANIFEST).read_bytes()
+    for number in writer.missing:
+        write_shard(writer, number, features)
+        assert (tmp_path / MANIFEST).read_bytes() == begun
+    writer.finish()
+    marks = [json.loads((tmp_path / f"shard-0000{i}.json").read_text()) for i in range(3)]
+    assert json.loads((tmp_path / MANIFEST).read_text())["shards"] == marks
+    assert [mark["rows"] for mark in marks] == list(SHARD_SIZES)
 
 
 def test_a_shard_without_rows(tmp_path):
     """All its images were broken: it keeps the count of shards and the reasons."""
     features = make_features()
     writer = begin(tmp_path)
-    for rows in (slice(0, 4), slice(4, 4), slice(4, 8)):
-        shard = Shard()
-        if rows.stop > rows.start:
-            shard.add({key: v[rows] for key, v in features.items()}, IDS[rows], SOURCES[rows], LABELS[rows])
-        else:
-            shard.skipped.append({"source": "x.png", "reason": "broken"})
-        writer.write(shard)
+    write_shard(writer, 0, features)
+    writer.write(1, Shard(skipped=[{"source": "x.png", "reason": "broken"}]))
+    write_shard(writer, 2, features)
     writer.finish()
     store = FeatureStore(tmp_path)
     assert store.skipped == [{"source": "x.png", "reason": "broken"}]
-    assert torch.equal(store.select("bottleneck", 0).to_tensor(), features["bottleneck", 0])
-    assert begin(tmp_path).finished_shards == 3
+    assert torch.equal(store.select("bottleneck", 0).to_tensor(), features["bottleneck", 0][[0, 1, 2, 6, 7]])
+    assert begin(tmp_path).missing == []
+
+
+def test_a_shard_of_other_images_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"make the shards 0…2, got 3"):
+        begin(tmp_path).write(3, Shard())
 
 
 # Damage
@@ -198,8 +233,71 @@ def test_a_shard_without_rows(tmp_path):
 @pytest.mark.parametrize("name", ["shard-00001.safetensors", "shard-00001.parquet"])
 def test_missing_file_is_named(store_folder, name):
     (store_folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"lacks {name}, which its manifest lists"):
+    with pytest.raises(FileNotFoundError, match=rf"lacks {name}, which shard-00001\.json lists.*{REPAIR}"):
         FeatureStore(store_folder)
+
+
+def test_missing_mark_is_named(store_folder):
+    (store_folder / "shard-00001.json").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"lacks shard-00001\.json, which its manifest lists.*{REPAIR}"):
+        FeatureStore(store_folder)
+
+
+def test_a_damaged_shard_is_made_anew(pristine, store_folder):
+    """After deleting the three files that the message names, a complete store goes on like an unfinished one."""
+    for path in store_folder.glob("shard-00001.*"):
+        path.unlink()
+    writer = begin(store_folder)
+    assert writer.missing == [1]
+    assert not FeatureStore(store_folder).complete
+    write_shard(writer, 1, make_features())
+    writer.finish()
+    assert {p.name: p.read_bytes() for p in store_folder.iterdir()} == {
+        p.name: p.read_bytes() for p in pristine.iterdir()
+    }
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "parquet"])
+def test_a_flipped_byte_is_found_by_verifying(store_folder, suffix):
+    path = store_folder / f"shard-00002.{suffix}"
+    content = bytearray(path.read_bytes())
+    content[-20 if suffix == "safetensors" else 10] ^= 1
+    path.write_bytes(content)
+    store = FeatureStore(store_folder)
+    message = rf"content of shard-00002\.{suffix} in .* damaged\. To have it made anew, delete shard-00002\.safetens"
+    with pytest.raises(ValueError, match=message):
+        store.verify()
+    with pytest.raises(ValueError, match=message):
+        FeatureStore(store_folder, verify=True)
+
+
+def test_an_undamaged_store_verifies(pristine):
+    FeatureStore(pristine, verify=True)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"shard": "x"', None])
+def test_damaged_mark_is_named(store_folder, content):
+    path = store_folder / "shard-00000.json"
+    text = path.read_text()
+    path.write_text(text.replace('"rows"', '"lines"') if content is None else content)
+    with pytest.raises(ValueError, match=r"shard-00000\.json is (damaged|not valid JSON)"):
+        FeatureStore(store_folder)
+
+
+def test_edited_mark_is_found(store_folder):
+    path = store_folder / "shard-00000.json"
+    path.write_text(path.read_text().replace('"skipped": []', '"skipped": [{"source": "x", "reason": "y"}]'))
+    with pytest.raises(ValueError, match=r"shard-00000\.json is not the one that the manifest lists"):
+        FeatureStore(store_folder)
+
+
+def test_files_beyond_the_last_shard_are_foreign(store_folder):
+    shutil.copy(store_folder / "shard-00002.json", store_folder / "shard-00003.json")
+    with pytest.raises(ValueError, match=r"holds shard-00003\.json, which do not belong to its store of 3 shards"):
+        FeatureStore(store_folder)
+    (store_folder / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"holds shard-00000\.json, .* do not belong to its store of 0 shards"):
+        begin(store_folder)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
@@ -233,20 +331,20 @@ def test_header_that_announces_another_length(tmp_path):
 
 def test_damaged_index_is_named(store_folder):
     path = store_folder / "shard-00001.parquet"
-    path.write_bytes(path.read_bytes()[:-10])
+    path.write_bytes(path.read_bytes()[:-4] + b"nope")
     with pytest.raises(ValueError, match=r"shard-00001\.parquet is damaged"):
         FeatureStore(store_folder)
 
 
 def test_index_of_another_shard_is_named(store_folder):
     shutil.copy(store_folder / "shard-00000.parquet", store_folder / "shard-00001.parquet")
-    with pytest.raises(ValueError, match=r"shard-00001\.parquet is from another store: it has 3 rows"):
+    with pytest.raises(ValueError, match=r"shard-00001\.parquet is from another store: 3 rows of shard shard-00000 of"):
         FeatureStore(store_folder)
 
 
 def test_foreign_shard_is_named(store_folder, tmp_path):
     """Of a store with other settings or other data: same names, shapes and size, other numbers."""
-    message = r"shard-00002\.safetensors is from another store: it holds .* of shard shard-00002 of \w+ over \w+, the"
+    message = r"shard-00002\.safetensors is from another store: it holds .* of shard shard-00002 of \w+ over \w+, exp"
     write_store(tmp_path / "seed", record=provenance(seed=5))
     write_store(tmp_path / "data", labels=LABELS[::-1])
     for other in ("seed", "data"):
@@ -257,25 +355,32 @@ def test_foreign_shard_is_named(store_folder, tmp_path):
             FeatureStore(store_folder)
 
 
-def test_exchanged_shards_are_named(tmp_path):
-    features = make_features()
-    writer = begin(tmp_path)
-    for rows in (slice(0, 4), slice(4, 8)):
-        shard = Shard()
-        shard.add({key: v[rows] for key, v in features.items()}, IDS[rows], SOURCES[rows], LABELS[rows])
-        writer.write(shard)
-    shutil.copy(tmp_path / "shard-00001.safetensors", tmp_path / "shard-00000.safetensors")
-    with pytest.raises(ValueError, match=r"shard-00000\.safetensors is from another store: .* of shard shard-00001"):
-        FeatureStore(tmp_path)
+def test_exchanged_shards_are_named(store_folder):
+    for kind in ("safetensors", "parquet", "json"):
+        shutil.copy(store_folder / f"shard-00001.{kind}", store_folder / f"shard-00000.{kind}")
+    with pytest.raises(ValueError, match=r"shard-00000\.json is from another store: of shard-00001 of"):
+        FeatureStore(store_folder)
 
 
-def test_shard_with_other_tensors_is_named(store_folder):
-    path = store_folder / "shard-00001.safetensors"
-    save_file({"stranger": torch.zeros(1, 8)}, path)
-    manifest = json.loads((store_folder / MANIFEST).read_text())
-    manifest["shards"][1]["bytes"] = path.stat().st_size
-    edit_manifest(store_folder, **manifest)
-    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is from another store: it holds \['stranger'\]"):
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"stranger": torch.zeros(3, 8)}, r"it holds \['stranger'\] of shard None"),
+        ({tensor: torch.zeros(3, 7) for tensor in TENSORS}, r"is float32 of shape \[3, 7\], expected is .*\[3, 8\]"),
+        (
+            {tensor: torch.zeros(3, 8).half() for tensor in TENSORS},
+            r"is float16 of shape \[3, 8\], expected is float32",
+        ),
+    ],
+    ids=["names", "shape", "dtype"],
+)
+def test_shard_with_other_tensors_is_named(store_folder, tensors, message):
+    path, mark = store_folder / "shard-00001.safetensors", store_folder / "shard-00001.json"
+    content = json.loads(mark.read_text())
+    save_file(tensors, path, metadata=None if "stranger" in tensors else {"shard": content["shard"]})
+    content["bytes"][".safetensors"] = path.stat().st_size
+    mark.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"shard-00001\.safetensors is from another store: .*{message}"):
         FeatureStore(store_folder)
 
 
@@ -288,7 +393,7 @@ def test_damaged_manifest(store_folder):
 
 def test_manifest_of_another_format(store_folder):
     edit_manifest(store_folder, format_version=99)
-    with pytest.raises(ValueError, match=r"manifest\.json has format version 99; this library reads 1"):
+    with pytest.raises(ValueError, match=r"manifest\.json has format version 99; this library reads 2"):
         FeatureStore(store_folder)
 
 
@@ -327,16 +432,21 @@ def test_damage_is_found_before_going_on(store_folder):
 
 
 def test_leftovers_of_a_killed_run_are_removed(store_folder):
-    for name in (".shard-00003.parquet.abc.tmp", ".shard-00003.safetensors.x_y.tmp", ".manifest.json.abc.tmp"):
+    for name in (
+        ".shard-00003.parquet.abc.tmp",
+        ".shard-00003.safetensors.x_y.tmp",
+        ".manifest.json.abc.tmp",
+        ".tmpA1b2c3",
+    ):
         (store_folder / name).write_bytes(b"half")
     (store_folder / ".someone-elses.tmp").write_bytes(b"keep")
-    assert begin(store_folder).finished_shards == 3
+    assert begin(store_folder).missing == []
     assert [path.name for path in store_folder.glob(".*")] == [".someone-elses.tmp"]
 
 
 def test_other_names_and_versions_go_on(store_folder):
     moved = Provenance.from_dict(provenance().to_dict() | {"model": "moved", "versions": {"torch": "9"}})
-    assert begin(store_folder, record=moved).finished_shards == 3
+    assert begin(store_folder, record=moved).missing == []
 
 
 def test_unwritable_folder(tmp_path):

@@ -21,7 +21,7 @@ from .images import image_id, to_pixel_values
 from .layers import LayerInfo
 from .loading import Placement, find_artifact, load_model
 from .prompts import PromptSource
-from .run import extract_into_store
+from .run import RunOptions, extract_into_store
 
 VERSIONED = ("diffusion-sae", "torch", "diffusers", "transformers", "pillow")
 
@@ -253,9 +253,14 @@ class DiffusionFeatureExtractor:
         shard_size: int = 1024,
         limit: int | None = None,
         skip_broken: bool = False,
+        append: bool = False,
+        store_dtype: str | None = None,
         progress: bool = True,
     ) -> FeatureStore:
         """Features of a whole data set, on disk; a run that was killed goes on where it stopped.
+
+        Under `accelerate launch` or `torchrun` all processes call it together: each makes a share of the shards, and
+        all return when the store is complete. The files are those of one process.
 
         Args:
             dataset: what `open_images` takes: a folder, Parquet, a `datasets` name or Dataset, a list of images.
@@ -265,23 +270,29 @@ class DiffusionFeatureExtractor:
             shard_size: images a shard, the unit of resuming.
             limit: only the first so many images.
             skip_broken: leave out images that cannot be read and list them in the store, instead of stopping.
+            append: put the images behind those of other data sets in a complete store of the same extraction; the
+                same call again goes on with them, or finds them done.
+            store_dtype: float32, bfloat16 or float16 for the stored numbers; None: that of the computation.
             progress: show a bar with rate and time left.
 
         Raises:
             ImageError: for a broken image, naming it, unless `skip_broken`.
             ProvenanceMismatchError: if the folder holds a store of another extraction.
+            ValueError: if it holds other data, another dtype or a damaged shard, or a value is too large for
+                `store_dtype`.
+            FileNotFoundError: if there is no store to append to.
         """
-        return extract_into_store(
-            self,
-            dataset,
-            output_dir,
+        options = RunOptions(
             split=split,
             batch_size=batch_size,
             shard_size=shard_size,
             limit=limit,
             skip_broken=skip_broken,
+            append=append,
+            store_dtype=store_dtype,
             progress=progress,
         )
+        return extract_into_store(self, dataset, output_dir, options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `extractor_config.json`: the settings and what identifies the weights, not the weights themselves."""

@@ -1,5 +1,6 @@
 """Data sets of images: a folder, Parquet, a `datasets` name, a Dataset, or a list, seen as one kind of sequence."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,23 +9,29 @@ from typing import Any
 
 from torch import Tensor
 
+from ..features.columns import StringColumn
 from ..zoo import IMAGES, embedded_images
 from .images import IMAGE_SUFFIXES, load_image
 
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # of a data set: mnist, ylecun/mnist
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+TEXT_COLUMNS = ("prompt", "text", "caption")
 
 
 @dataclass(frozen=True)
 class ImageSource:
     """`read(i)` decodes image i; names and labels are known beforehand."""
 
-    names: list[str]
+    names: Sequence[str]
     """What each image is called in messages and in the store: its path, or its row number."""
     read: Callable[[int], Any]
     """An image as RGB, or a tensor (3, H, W) if the data are tensors; raises ImageError for a broken one."""
-    labels: list[int | None]
+    labels: Sequence[int | None]
     class_names: list[str] | None
+    texts: Sequence[str] | None = None
+    """A prompt an image, from a text column."""
+    concurrent: bool = False
+    """Whether several threads may call `read` at once; not so for a user's own sequence, of which nothing is known."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -32,7 +39,8 @@ class ImageSource:
     def first(self, limit: int | None) -> "ImageSource":
         if limit is None:
             return self
-        return ImageSource(self.names[:limit], self.read, self.labels[:limit], self.class_names)
+        texts = None if self.texts is None else self.texts[:limit]
+        return dataclasses.replace(self, names=self.names[:limit], labels=self.labels[:limit], texts=texts)
 
 
 def from_folder(folder: Path) -> ImageSource:
@@ -54,8 +62,8 @@ def from_folder(folder: Path) -> ImageSource:
         class_names = [name for name, _ in by_class]
     if not files:
         raise ValueError(f"{folder} holds no images. Files ending in {', '.join(sorted(IMAGE_SUFFIXES))} count.")
-    names = [file.relative_to(folder).as_posix() for file in files]
-    return ImageSource(names, lambda i: load_image(files[i]), list(labels), class_names)
+    names = StringColumn.of([file.relative_to(folder).as_posix() for file in files])
+    return ImageSource(names, lambda i: load_image(folder / names[i]), list(labels), class_names, concurrent=True)
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -86,7 +94,15 @@ def from_dataset(table: Any, name: str) -> ImageSource:
     def read(i: int) -> Any:
         return load_image(encoded[i][column], f"row {i} of {name}")
 
-    return ImageSource([str(i) for i in range(len(table))], read, labels, class_names)
+    texts = next((c for c in TEXT_COLUMNS if isinstance(table.features.get(c), Value)), None)
+    return ImageSource(
+        StringColumn.numbers(len(table)),
+        read,
+        labels,
+        class_names,
+        texts=None if texts is None else table[texts],
+        concurrent=True,
+    )
 
 
 def _load_named(name: str, split: str) -> Any:

@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..provenance import Provenance
+from .columns import StringColumn
+from .layout import MappedRows
 
 
 class FeatureSet:
@@ -20,7 +22,7 @@ class FeatureSet:
 
     def __init__(
         self,
-        blocks: Sequence[Tensor],
+        blocks: Sequence[Tensor | MappedRows],
         *,
         rows_per_image: int = 1,
         labels: Tensor | None = None,
@@ -32,6 +34,7 @@ class FeatureSet:
             raise ValueError("A FeatureSet needs at least one row, got none.")
         self._blocks = list(blocks)
         self._starts = np.cumsum([0, *map(len, blocks)])
+        self._row_shape = torch.Size(blocks[0].shape[1:])
         self.rows_per_image = rows_per_image
         self.num_images = len(self) // rows_per_image
         for name, values in (("labels", labels), ("image_ids", image_ids)):
@@ -40,7 +43,7 @@ class FeatureSet:
                     f"{name} must have one entry an image: {self.num_images} images, {len(values)} {name}."
                 )
         self.image_labels = labels
-        self.image_ids = None if image_ids is None else list(image_ids)
+        self.image_ids = image_ids if image_ids is None or isinstance(image_ids, StringColumn) else list(image_ids)
         self.class_names = None if class_names is None else list(class_names)
         self.provenance = provenance
 
@@ -59,29 +62,64 @@ class FeatureSet:
 
     @property
     def row_shape(self) -> torch.Size:
-        return self._blocks[0].shape[1:]
+        return self._row_shape
 
     @property
     def d_in(self) -> int:
         """Width of the features: channels, which come first in (C,) and (C, h, w) and last in (T, C)."""
         return self.row_shape[-1] if len(self.row_shape) == 2 else self.row_shape[0]
 
+    def _block(self, number: int) -> Tensor:
+        """Memory-mapped when first touched."""
+        block = self._blocks[number]
+        if isinstance(block, MappedRows):
+            block = self._blocks[number] = block.map()
+        return block
+
     def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Float[Tensor, "n ..."]:
         """The given rows in fp32, in the given order; also a slice, or a mask of all rows."""
-        is_mask = isinstance(rows, Tensor) and rows.dtype == torch.bool
-        if isinstance(rows, slice) or is_mask:
-            index = torch.arange(len(self))[rows]
-        else:
-            index = torch.as_tensor(rows, dtype=torch.long)
-        if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(self)):
-            raise IndexError(f"Rows must lie in 0…{len(self) - 1}, got {int(index.min())}…{int(index.max())}.")
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(len(self))
+            return self._between(start, stop) if step == 1 else self._gather(np.arange(start, stop, step))
+        if isinstance(rows, Tensor) and rows.dtype == torch.bool:
+            if rows.shape != (len(self),):
+                raise IndexError(f"A mask must have one entry a row, {len(self)}, got the shape {tuple(rows.shape)}.")
+            return self._gather(torch.nonzero(rows).flatten().numpy())
+        return self._gather(torch.as_tensor(rows, dtype=torch.long).cpu().numpy())
+
+    def _between(self, start: int, stop: int) -> Float[Tensor, "n ..."]:
+        out = torch.empty(max(0, stop - start), *self.row_shape)
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        done = 0
+        for number in range(first, len(self._blocks)):
+            if done == len(out):
+                break
+            begin = start + done - int(self._starts[number])
+            part = self._block(number)[begin : begin + len(out) - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+        return out
+
+    def _gather(self, index: np.ndarray) -> Float[Tensor, "n ..."]:
+        """Rows in any order: sorted once, so that each block that has some is read once and front to back."""
+        if not len(index):
+            return torch.empty(0, *self.row_shape)
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= len(self):
+            raise IndexError(f"Rows must lie in 0…{len(self) - 1}, got {low}…{high}.")
         if len(self._blocks) == 1:
-            return self._blocks[0][index].float()
+            return self._block(0).index_select(0, torch.from_numpy(index)).float()
+        order = np.argsort(index)
+        ordered = index[order]
+        first, last = np.searchsorted(self._starts, [low, high], side="right") - 1
+        cuts = np.searchsorted(ordered, self._starts[first : last + 2]).tolist()
+        where, sorted_rows = torch.from_numpy(order), torch.from_numpy(ordered)
         out = torch.empty(len(index), *self.row_shape)
-        block_of = np.searchsorted(self._starts, index.numpy(), side="right") - 1
-        for b in np.unique(block_of):
-            mine = torch.from_numpy(block_of == b)
-            out[mine] = self._blocks[b][index[mine] - int(self._starts[b])].float()
+        for number in range(int(first), int(last) + 1):
+            begin, end = cuts[number - first : number - first + 2]
+            if begin < end:
+                local = sorted_rows[begin:end] - int(self._starts[number])
+                out[where[begin:end]] = self._block(number).index_select(0, local).float()
         return out
 
     def batches(self, batch_size: int) -> Iterator[Float[Tensor, "b ..."]]:

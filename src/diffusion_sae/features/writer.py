@@ -1,8 +1,10 @@
-"""Writing a feature store, shard by shard, so that a kill at any moment loses at most the shard in work."""
+"""Writing a feature store, shard by shard, so that a kill at any moment loses at most the shards in work."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,15 +12,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .._files import fingerprint_of, require_writable_folder, write_atomically, write_json
-from ..provenance import Provenance, require_same_provenance
-from .store import FORMAT_VERSION, MANIFEST, FeatureStore, shard_mark, tensor_name
+from .._config import check_choice
+from .._files import sha256_of, write_atomically, write_json
+from ..provenance import DTYPES, Provenance
+from .beginning import DataRecord, begin_or_continue
+from .checks import finished_shards
+from .columns import INDEX_SCHEMA
+from .layout import DATA, INDEX, MANIFEST, MARK, Manifest, Part, ShardMark, shard_name, tensor_name
 
 
 @dataclass
 class Shard:
     """Rows on their way to the disk."""
 
+    dtype: torch.dtype | None = None
+    """Type they are stored in; None: as they come."""
     features: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     image_ids: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -32,22 +40,43 @@ class Shard:
         sources: Sequence[str],
         labels: Sequence[int | None],
     ) -> None:
+        """Images of one batch: features {(layer, timestep): (B, …)} and one entry an image of the others.
+
+        Raises:
+            ValueError: for NaN or infinite values, and for such as are too large for `dtype`.
+        """
         for key, values in features.items():
-            finite = torch.isfinite(values.flatten(1)).all(1)
-            if not finite.all():
-                bad = [source for source, ok in zip(sources, finite.tolist(), strict=True) if not ok]
+            bad = _not_finite(values, sources)
+            if bad:
                 raise ValueError(
                     f"{tensor_name(*key)} came out as NaN or infinite for {', '.join(bad[:5])}. Use dtype bfloat16 or "
                     "float32 if it was float16; otherwise check the model's weights."
                 )
-            self.features.setdefault(key, []).append(values.cpu())
+            stored = values.to(self.dtype or values.dtype)
+            bad = _not_finite(stored, sources)
+            if bad:
+                raise ValueError(
+                    f"{tensor_name(*key)} reaches {values.abs().max().item():.4g} for {', '.join(bad[:5])}, which "
+                    f"{stored.dtype} cannot hold (its largest number is {torch.finfo(stored.dtype).max:.4g}). Use "
+                    "store_dtype 'bfloat16' or 'float32'."
+                )
+            self.features.setdefault(key, []).append(stored.cpu())
         self.image_ids += image_ids
         self.sources += sources
         self.labels += labels
 
 
+def _not_finite(values: Tensor, sources: Sequence[str]) -> list[str]:
+    finite = torch.isfinite(values.flatten(1)).all(1)
+    return [source for source, ok in zip(sources, finite.tolist(), strict=True) if not ok]
+
+
 class StoreWriter:
-    """Begins a store or goes on with one, after checking that it holds the same extraction of the same data."""
+    """Begins a store, goes on with one, or appends to one, after checking that it is the same extraction.
+
+    Several processes may write one store: the first begins it, the others join with its `state`, and each writes other
+    shards.
+    """
 
     def __init__(
         self,
@@ -58,72 +87,90 @@ class StoreWriter:
         labels: Sequence[int | None],
         class_names: Sequence[str] | None,
         shard_size: int,
+        store_dtype: str | None = None,
+        append: bool = False,
+        texts: Sequence[str] | None = None,
+        other_image: Callable[[int, str], bool] | None = None,
     ) -> None:
-        self.folder = require_writable_folder(folder)
-        self.provenance = provenance
-        data = {
-            "names": list(source_names),
-            "labels": list(labels),
-            "classes": list(class_names or ()),
-            "shard_size": shard_size,
-        }
-        self.manifest = {
-            "format_version": FORMAT_VERSION,
-            "provenance": provenance.to_dict(),
-            "class_names": None if class_names is None else list(class_names),
-            "data_fingerprint": fingerprint_of(data),
-            "complete": False,
-            "shards": [],
-        }
-        path = self.folder / MANIFEST
-        if path.exists():
-            self._continue(FeatureStore(self.folder))  # finds damaged shards before the work starts
-        else:
-            write_json(path, self.manifest)
-        for leftover in [*self.folder.glob(".shard-*.tmp"), *self.folder.glob(f".{MANIFEST}.*.tmp")]:  # of a killed run
-            leftover.unlink()
+        """Open a store for writing; on return the manifest is on the disk.
 
-    def _continue(self, existing: FeatureStore) -> None:
-        what = f"The feature store in {str(self.folder)!r}"
-        advice = "Give the settings it was begun with to go on with it, or another folder to begin a new store."
-        require_same_provenance(existing.provenance, self.provenance, what, advice=advice)
-        if existing.manifest["data_fingerprint"] != self.manifest["data_fingerprint"]:
-            raise ValueError(
-                f"{what} was begun with other images, labels, class names or shard size. "
-                "Give the same data to go on with it, or another folder to begin a new store."
-            )
-        self.manifest = existing.manifest
+        Args:
+            folder: where it is, or will be.
+            provenance: the extraction that makes the features.
+            source_names, labels, texts: of each image of the data set; texts are its prompts, if it has its own.
+            class_names: what the labels mean.
+            shard_size: images a shard.
+            store_dtype: float32, bfloat16 or float16; None: that of the computation.
+            append: the images come behind those of other data sets.
+            other_image: `other_image(row, image_id)` reads a row of the data set and says whether it is another image
+                than the one that the store holds for it.
+
+        Raises:
+            ProvenanceMismatchError: if the store is of another extraction.
+            ValueError: if it is of other data or another dtype, or damaged.
+            FileNotFoundError: if there is no store to append to.
+        """
+        if store_dtype is not None:
+            check_choice("store_dtype", store_dtype, DTYPES)
+        self.folder = Path(folder)
+        data = DataRecord.of(source_names, labels, class_names, shard_size, texts)
+        self.manifest, self.part, self.missing = begin_or_continue(
+            self.folder,
+            provenance,
+            data,
+            dtype=store_dtype or provenance.dtype,
+            append=append,
+            source_names=source_names,
+            other_image=other_image,
+        )
+
+    @classmethod
+    def joining(cls, folder: str | Path, state: tuple[Manifest, Part, list[int]]) -> Self:
+        """The writer of another process, from what the first one's `state` is."""
+        writer = cls.__new__(cls)
+        writer.folder = Path(folder)
+        writer.manifest, writer.part, writer.missing = state
+        return writer
 
     @property
-    def finished_shards(self) -> int:
-        return len(self.manifest["shards"])
+    def state(self) -> tuple[Manifest, Part, list[int]]:
+        """What `joining` takes."""
+        return self.manifest, self.part, self.missing
 
-    def write(self, shard: Shard) -> None:
-        """Data first, then the manifest that makes it count."""
-        name = f"shard-{self.finished_shards:05d}"
-        tensors = {tensor_name(*key): torch.cat(parts).contiguous() for key, parts in shard.features.items()}
-        index = pa.table(
-            {
-                "image_id": pa.array(shard.image_ids, pa.string()),
-                "source": pa.array(shard.sources, pa.string()),
-                "label": pa.array(shard.labels, pa.int64()),
-            }
+    def new_shard(self) -> Shard:
+        return Shard(getattr(torch, self.manifest.dtype))
+
+    def write(self, number: int, shard: Shard) -> None:
+        """Index and data first, then the mark that makes them count."""
+        if number not in self.part.shards:
+            raise ValueError(
+                f"These images make the shards {self.part.shards.start}…{self.part.shards.stop - 1}, got {number}."
+            )
+        name, says = shard_name(number), {"shard": self.manifest.mark_of(number)}
+        columns = [shard.image_ids, shard.sources, shard.labels]
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)]
+        index = pa.Table.from_arrays(arrays, schema=INDEX_SCHEMA.with_metadata(says))
+        paths = {suffix: self.folder / (name + suffix) for suffix in (DATA, INDEX)}
+        write_atomically(paths[INDEX], lambda path: pq.write_table(index, path))
+        # each list is given up as soon as it is joined
+        tensors = {tensor_name(*key): torch.cat(shard.features.pop(key)).contiguous() for key in list(shard.features)}
+        write_atomically(paths[DATA], lambda path: save_file(tensors, path, metadata=says))
+        mark = ShardMark(
+            shard=says["shard"],
+            rows=len(shard.image_ids),
+            bytes={suffix: path.stat().st_size for suffix, path in paths.items()},
+            sha256={suffix: sha256_of(path) for suffix, path in paths.items()},
+            skipped=shard.skipped,
         )
-        write_atomically(self.folder / f"{name}.parquet", lambda path: pq.write_table(index, path))
-        data = self.folder / f"{name}.safetensors"
-        mark = shard_mark(name, self.provenance, self.manifest["data_fingerprint"])
-        write_atomically(data, lambda path: save_file(tensors, path, metadata={"shard": mark}))
-        self.manifest["shards"].append(
-            {
-                "name": name,
-                "rows": len(shard.image_ids),
-                "bytes": data.stat().st_size,
-                "skipped": shard.skipped,
-            }
-        )
-        write_json(self.folder / MANIFEST, self.manifest)
+        write_json(self.folder / (name + MARK), dataclasses.asdict(mark))
 
     def finish(self) -> None:
-        if not self.manifest["complete"]:
-            self.manifest["complete"] = True
-            write_json(self.folder / MANIFEST, self.manifest)
+        """Complete the store when no shard is missing; images of other data sets may still be on their way."""
+        if self.manifest.complete:
+            return
+        found = finished_shards(self.folder, self.manifest)
+        if len(found) < self.manifest.num_shards:
+            return
+        complete = dataclasses.replace(self.manifest, complete=True, shards=list(found.values()))
+        write_json(self.folder / MANIFEST, complete.to_dict())
+        self.manifest = complete

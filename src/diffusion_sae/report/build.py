@@ -99,7 +99,7 @@ def _panel(
     labels: torch.Tensor,
 ) -> LatentPanel:
     rows = zip(statistics.top_images[latent].tolist(), statistics.top_acts[latent].tolist(), strict=True)
-    examples = [Example(source.read(i), names[int(labels[i])], act, source.names[i]) for i, act in rows]
+    examples = [Example(source.read(i), names[int(labels[i])], act, source.names[int(i)]) for i, act in rows]
     return LatentPanel(
         latent_index=latent,
         name=name,
