@@ -61,8 +61,9 @@ def extract_into_store(
     extractor: "DiffusionFeatureExtractor", dataset: Any, output_dir: str | Path, options: RunOptions
 ) -> FeatureStore:
     """Errors: see `DiffusionFeatureExtractor.extract`."""
-    run = _Run(extractor, open_images(dataset, options.split).first(options.limit), Path(output_dir), options)
     processes = Processes(cpu=extractor.device.type == "cpu")
+    with processes.together():
+        run = _Run(extractor, open_images(dataset, options.split).first(options.limit), Path(output_dir), options)
     state = processes.from_main(lambda: run.begin().state)
     started = time.perf_counter()
     with processes.together():
