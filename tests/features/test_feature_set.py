@@ -130,3 +130,17 @@ def test_non_finite_rows_are_named():
     features[8999, 0] = -torch.inf
     with pytest.raises(ValueError, match=r"The store holds NaN .*, first in rows \[8500, 8999\] of 9000"):
         FeatureSet(list(features.split(4000))).require_finite("The store")
+
+
+def test_rows_of_tens_of_thousands_over_many_blocks():
+    """Each row holds its own number: what is asked for comes, in order, from blocks of very different sizes."""
+    numbers = torch.arange(60_000, dtype=torch.float32)[:, None] * torch.tensor([1.0, -2.0])
+    sizes = [1, 9_999, 3, 20_000, 1, 1, 29_000, 995]
+    features = FeatureSet(list(numbers.split(sizes)))
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 7, 4096, 60_000):
+        rows = torch.randint(60_000, (count,), generator=generator)
+        assert torch.equal(features[rows], numbers[rows])
+    for start, stop in ((0, 60_000), (9_990, 10_010), (59_000, 60_000), (30_004, 30_005), (5, 5), (10, 2)):
+        assert torch.equal(features[start:stop], numbers[start:stop])
+        assert torch.equal(features[start:stop:7], numbers[start:stop:7])

@@ -2,6 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .checks import damaged_files, finished_shards, read_index, require_all
 from .columns import INDEX_SCHEMA, StringColumn
+from .export import to_dataset
 from .feature_set import FeatureSet
 from .layout import DATA, Manifest, MappedRows, read_header, repair, shard_name, tensor_name
 
@@ -34,7 +36,8 @@ class FeatureStore:
         found = finished_shards(self.path, self.manifest)
         if self.manifest.complete:
             require_all(self.path, self.manifest, found)
-        self._marks = found
+        self.marks = found
+        """Of each finished shard, by number."""
         if verify:
             self.verify()
 
@@ -44,7 +47,7 @@ class FeatureStore:
         Raises:
             ValueError: naming the files that have changed.
         """
-        damaged = list(damaged_files(self.path, self._marks.values()))
+        damaged = list(damaged_files(self.path, self.marks.values()))
         if damaged:
             advice = " ".join(repair(shard) for shard in dict.fromkeys(shard for shard, _ in damaged))
             raise ValueError(
@@ -73,11 +76,11 @@ class FeatureStore:
     @property
     def skipped(self) -> list[dict[str, str]]:
         """Broken images that were left out, with the reason."""
-        return [entry for mark in self._marks.values() for entry in mark.skipped]
+        return [entry for mark in self.marks.values() for entry in mark.skipped]
 
     @cached_property
     def _index(self) -> pa.Table:
-        tables = [read_index(self.path, number) for number in self._marks]
+        tables = [read_index(self.path, number) for number in self.marks]
         return pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
 
     @property
@@ -100,7 +103,7 @@ class FeatureStore:
 
     def __len__(self) -> int:
         """Number of images."""
-        return sum(mark.rows for mark in self._marks.values())
+        return sum(mark.rows for mark in self.marks.values())
 
     def __repr__(self) -> str:
         state = "" if self.complete else ", unfinished"
@@ -108,7 +111,7 @@ class FeatureStore:
 
     def _shape(self, layer: str, timestep: int) -> list[int]:
         """Of the first shard that has rows."""
-        number = next(number for number, mark in self._marks.items() if mark.rows)
+        number = next(number for number, mark in self.marks.items() if mark.rows)
         header, _ = read_header(self.path / (shard_name(number) + DATA))
         return header[tensor_name(layer, timestep)]["shape"]
 
@@ -121,20 +124,21 @@ class FeatureStore:
         keys = [(layer, t) for layer in self.layers for t in self.timesteps]
         return len(self) * sum(self._rows_per_image(*key) for key in keys) if len(self) else 0
 
+    def _no_images(self) -> ValueError:
+        return ValueError(f"The feature store {str(self.path)!r} holds no images yet. Run the extraction to its end.")
+
     def select(self, layer: str, timestep: int) -> FeatureSet:
         """Features of one layer and timestep, memory-mapped."""
         provenance = self.provenance.select(layer, timestep)
         if not len(self):
-            raise ValueError(
-                f"The feature store {str(self.path)!r} holds no images yet. Run the extraction to its end."
-            )
+            raise self._no_images()
         name, rows_per_image = tensor_name(layer, timestep), self._rows_per_image(layer, timestep)
         _, *shape = self._shape(layer, timestep)
         if provenance.pooling == "tokens":
             shape = shape[1:]  # (n, T, C) -> (n·T, C)
         blocks = [
             MappedRows(self.path / (shard_name(number) + DATA), name, [mark.rows * rows_per_image, *shape])
-            for number, mark in self._marks.items()
+            for number, mark in self.marks.items()
             if mark.rows  # all images of a shard may have been broken
         ]
         return FeatureSet(
@@ -145,3 +149,28 @@ class FeatureStore:
             class_names=self.class_names,
             provenance=provenance,
         )
+
+    def to_dataset(
+        self, layer: str | None = None, timestep: int | None = None, *, cache_dir: str | Path | None = None
+    ) -> Any:
+        """The store as a `datasets.Dataset`, written shard by shard into Arrow files that are then memory-mapped.
+
+        Columns: `image_id`, `source`, `label` if the images have labels (a ClassLabel if they have names), for tokens
+        `position`, and one of features a layer and timestep, named like the tensor: `up_ft1@25`. Features are lists of
+        fixed length, (C,), or nested ones, (C, h, w); a row is an image, for tokens a position of one. Their type is
+        the stored one, save that bfloat16, which Arrow does not have, becomes float32.
+
+        Args:
+            layer, timestep: only these; default all.
+            cache_dir: where the Arrow files are kept; default the cache of `datasets`.
+        """
+        if not len(self):
+            raise self._no_images()
+        keys = [
+            (one_layer, t)
+            for one_layer in (self.layers if layer is None else (layer,))
+            for t in (self.timesteps if timestep is None else (timestep,))
+        ]
+        for key in keys:
+            self.provenance.select(*key)  # raises for what there is not
+        return to_dataset(self, keys, cache_dir)
