@@ -26,10 +26,10 @@ browser:
 check: format lint types test
 
 format: $(STAMP)
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff format --check src tests examples benchmarks
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff check src tests examples benchmarks
 
 types: $(STAMP)
 	$(BIN)/pyright

@@ -41,3 +41,10 @@ def test_evidence_script_runs(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "evidence.json").read_text())["results"]
     assert set(results) == {"raw_pixels", "vae_latents", "trained", "random_weights"}
     assert all(len(r["runs"]) == 5 for r in results.values())
+
+
+@pytest.mark.slow
+def test_table_of_families_is_what_the_script_finds(tmp_path: Path) -> None:
+    run("benchmarks/families.py", "--out", str(tmp_path / "families.md"))
+    committed = (EXAMPLES.parent / "docs" / "families.md").read_text(encoding="utf-8")
+    assert (tmp_path / "families.md").read_text(encoding="utf-8") == committed

@@ -14,6 +14,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
@@ -109,19 +110,19 @@ VOCABULARY = 260  # of byte_tokenizer
 
 
 def clip_config(tokenizer: CLIPTokenizer, **config: Any) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        projection_dim=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **config,
-    )
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "projection_dim": 16,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextConfig(**sizes | config)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -188,7 +189,7 @@ def build_sd2() -> diffusers.StableDiffusionPipeline:
     return build_sd(scheduler, use_linear_projection=True, attention_head_dim=(1, 2, 2, 3))
 
 
-def build_sdxl() -> diffusers.StableDiffusionXLPipeline:
+def build_sdxl(scheduler: Any = None, **vae: Any) -> diffusers.StableDiffusionXLPipeline:
     tokenizer = build_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -206,17 +207,24 @@ def build_sdxl() -> diffusers.StableDiffusionXLPipeline:
         norm_num_groups=4,
     )
     return diffusers.StableDiffusionXLPipeline(
-        vae=build_vae(),
+        vae=build_vae(**vae),
         text_encoder=build_text_encoder(tokenizer),
         text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
-        scheduler=EulerDiscreteScheduler(
+        scheduler=scheduler
+        or EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading"
         ),
         add_watermarker=False,
     )
+
+
+def build_playground() -> diffusers.StableDiffusionXLPipeline:
+    """SDXL's architecture with EDM's noise and latents normalised by channel, as Playground 2.5."""
+    latents = {"latents_mean": [-1.6, 1.1, 3.5, -0.8], "latents_std": [8.4, 6.0, 5.6, 4.6], "scaling_factor": 0.5}
+    return build_sdxl(EDMEulerScheduler(sigma_max=80.0, sigma_min=0.002, sigma_data=0.5), **latents)
 
 
 def build_dit() -> diffusers.DiTPipeline:
@@ -596,6 +604,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "Stable Diffusion 1.x": build_sd_pndm,
     "Stable Diffusion 2.x (v-prediction)": build_sd2,
     "SDXL, SDXL-Turbo": build_sdxl,
+    "Playground 2.5 (EDM)": build_playground,
     "DiT": build_dit,
     "PixArt-α": build_pixart,
     "PixArt-Σ": build_pixart_sigma,

@@ -25,18 +25,20 @@ UNET = {
     "up_ft2": (16, 4),
     "up_ft3": (8, 4),
 }
+SDXL = {
+    "down_ft0": (8, 8),
+    "down_ft1": (16, 16),
+    "down_ft2": (24, 16),
+    "bottleneck": (24, 16),
+    "up_ft0": (24, 8),
+    "up_ft1": (16, 4),
+    "up_ft2": (8, 4),
+}
 LAYERS = {
     "Stable Diffusion 1.x": UNET,
     "Stable Diffusion 2.x (v-prediction)": UNET,
-    "SDXL, SDXL-Turbo": {
-        "down_ft0": (8, 8),
-        "down_ft1": (16, 16),
-        "down_ft2": (24, 16),
-        "bottleneck": (24, 16),
-        "up_ft0": (24, 8),
-        "up_ft1": (16, 4),
-        "up_ft2": (8, 4),
-    },
+    "SDXL, SDXL-Turbo": SDXL,
+    "Playground 2.5 (EDM)": SDXL,
     "DiT": {f"block{i}": (16, 8) for i in range(3)},
     "PixArt-α": {f"block{i}": (24, 8) for i in range(2)},
     "PixArt-Σ": {f"block{i}": (24, 8) for i in range(2)},
@@ -145,9 +147,31 @@ def test_each_layer_alone_equals_all_in_one_pass_and_stops_early(family, images)
 @families
 def test_what_the_denoiser_is_told(family):
     backbone = DiffusionBackbone(pipeline_of(family), image_size=SIZE)
-    assert backbone.schedule.kind == ("flow" if family.startswith(FLOW) else "vp")
+    kind = "edm" if "EDM" in family else "flow" if family.startswith(FLOW) else "vp"
+    assert backbone.schedule.kind == kind
     expected = "1 - t/1000" if family == "Lumina 2" else TIME.get(family, "t")
     assert backbone.conditioning("").time_form == expected
+
+
+def test_edm_tells_a_quarter_of_the_logarithm_of_sigma(images):
+    extractor = extractor_of("Playground 2.5 (EDM)", layers="bottleneck", timesteps=(500,))
+    told = []
+    handle = extractor.backbone.denoiser.time_proj.register_forward_pre_hook(lambda _, args: told.append(args[0]))
+    extractor(images[0])
+    handle.remove()
+    assert told[0].item() == pytest.approx(extractor.backbone.schedule.scheduler_time(500), abs=1e-5)
+
+
+def test_latents_normalised_by_channel(images):
+    """(z − mean) · factor / std, as the pipeline undoes it before decoding."""
+    extractor = extractor_of("Playground 2.5 (EDM)")
+    vae = extractor.backbone.latent_space.autoencoder
+    pixel_values = extractor.preprocess(images[:2])
+    with torch.no_grad():
+        mode = vae.encode(pixel_values).latent_dist.mode()
+    mean, std = (torch.tensor(vae.config[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+    latents = extractor.backbone.encode(pixel_values)
+    torch.testing.assert_close(latents * std / vae.config.scaling_factor + mean, mode, atol=1e-4, rtol=1e-4)
 
 
 @families
