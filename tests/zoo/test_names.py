@@ -57,6 +57,22 @@ def test_what_is_no_artifact_name(name):
         ArtifactName.parse(name)
 
 
+@pytest.mark.parametrize(
+    ("model", "timestep", "dataset"),
+    [("SD15", 25, None), ("sd15", 1000, None), ("sd15", 25, "Pets"), ("sd15-up1-t25", 50, None), ("", 25, None)],
+)
+def test_a_name_that_would_not_be_read_back_is_refused(model, timestep, dataset):
+    with pytest.raises(ValueError, match=r"is no artifact name: .* as in sd15-up1-t25"):
+        ArtifactName(model, "up_ft1", timestep, dataset)
+
+
+def test_pushing_to_an_owner_names_the_artifact_by_its_origin():
+    from diffusion_sae import KSparseAutoencoder
+    from diffusion_sae.cli.push import artifact_name
+
+    assert artifact_name(KSparseAutoencoder.from_pretrained("tiny-sd-up1-t50")) == "tiny-sd-up1-t50"
+
+
 @pytest.mark.parametrize("layer", ["up_blocks.1", "mid_block", "up1", "up_ft", "block", "my_block3"])
 def test_layers_without_a_short_form(layer):
     with pytest.raises(ValueError, match=rf"'{layer}' has no short form .*up_ft1 → up1"):

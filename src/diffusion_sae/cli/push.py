@@ -6,7 +6,10 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", help="folder or embedded name of a trained SAE or probe")
-    parser.add_argument("repo_id", help="owner/name on the Hub, such as revelio/sd15-up1-t25")
+    parser.add_argument(
+        "repo_id",
+        help="owner/name on the Hub, such as revelio/sd15-up1-t25; owner/ alone: named by its origin",
+    )
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--revision", help="branch to push to; made if there is none (default: main)")
     parser.add_argument("--commit-message", default="Upload with diffusion_sae", help="title of the commit")
@@ -19,14 +22,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..zoo import resolve_source
 
     model = AutoModel.from_pretrained(resolve_source(args.artifact))
+    repo_id = args.repo_id + artifact_name(model) if args.repo_id.endswith("/") else args.repo_id
     url = model.push_to_hub(
-        args.repo_id,
+        repo_id,
         private=args.private,
         revision=args.revision,
         commit_message=args.commit_message,
         token=args.token,
     )
-    return {"repo_id": args.repo_id, "commit": url}
+    return {"repo_id": repo_id, "commit": url}
+
+
+def artifact_name(model: Any) -> str:
+    """`<model>-<layer>-t<timestep>` of the extraction that an SAE or probe was trained on."""
+    from ..zoo.names import ArtifactName
+
+    made_from = model.provenance
+    if made_from is None:
+        raise ValueError("It does not say which extraction it was trained on; give the full owner/name.")
+    (layer,), (timestep,) = made_from.layers, made_from.timesteps
+    return str(ArtifactName(made_from.model.rstrip("/").rsplit("/", 1)[-1].lower(), layer, timestep))
 
 
 def show(result: dict[str, Any]) -> str:

@@ -40,6 +40,16 @@ class ArtifactName:
     timestep: int
     dataset: str | None = None
 
+    def __post_init__(self) -> None:
+        name = str(self)
+        match = _NAME.fullmatch(name)
+        # a model or data set whose own name holds something like "-up1-t25" would be read back as another artifact
+        if match is None or (match["model"], match["dataset"]) != (self.model, self.dataset):
+            raise ValueError(
+                f"{name!r} is no artifact name: model and data set are lower-case letters, digits, dots and hyphens, "
+                "and the timestep lies in 0…999, as in sd15-up1-t25."
+            )
+
     @classmethod
     def parse(cls, name: str) -> Self:
         match = _NAME.fullmatch(name.rsplit("/", 1)[-1])
