@@ -112,6 +112,16 @@ def test_the_text_encoder_runs_once_a_prompt(tiny_sd_pipeline, make_sd_extractor
     assert len(calls) == 2
 
 
+def test_many_texts_do_not_fill_the_memory(make_sd_extractor, images, monkeypatch):
+    monkeypatch.setattr("diffusion_sae.extraction.backbone.MAX_PROMPTS", 3)
+    extractor = make_sd_extractor(layers="bottleneck", prompt_from="image")
+    prompts = [f"bag {i}" for i in range(5)]
+    out = extractor(images[:5], prompts=prompts)["bottleneck", 25]
+    assert list(extractor.backbone._conditionings) == prompts[2:]
+    alone = make_sd_extractor(layers="bottleneck", prompt=prompts[0])(images[0])["bottleneck", 25][0]
+    torch.testing.assert_close(out[0], alone, atol=1e-5, rtol=0)
+
+
 def test_without_noise_the_denoiser_sees_the_latents(make_sd_extractor, images):
     extractor = make_sd_extractor(layers="up_ft1", noise="none", timesteps=(0, 500), pooling="none")
     seen = []

@@ -20,6 +20,9 @@ from .schedule import TIME_FORMS, NoiseSchedule
 # components that have no part in an activation
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder", "image_processor")
 
+# Flux's is 4 MB a prompt; a data set with a text an image must not fill the memory with them
+MAX_PROMPTS = 256
+
 
 class DiffusionBackbone:
     """Encodes images, adds noise, runs the denoiser up to the wanted layers."""
@@ -89,8 +92,10 @@ class DiffusionBackbone:
         return (self.image_size // self.latent_space.stride // patch) ** 2
 
     def conditioning(self, prompt: str) -> Conditioning:
-        """What the denoiser is given for a prompt; computed once."""
+        """What the denoiser is given for a prompt; computed once, as long as no more than MAX_PROMPTS are in use."""
         if prompt not in self._conditionings:
+            if len(self._conditionings) >= MAX_PROMPTS:
+                del self._conditionings[next(iter(self._conditionings))]  # the oldest
             caught = catch_conditioning(
                 self.pipeline,
                 self.denoiser,

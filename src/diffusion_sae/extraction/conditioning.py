@@ -178,6 +178,8 @@ def catch_conditioning(
         scheduler_time = float(pipeline.scheduler.timesteps[0])
     finally:
         pipeline.scheduler = scheduler
+        if getattr(pipeline, "_all_hooks", None):
+            pipeline.maybe_free_model_hooks()  # with offloading; the call that was stopped did not come to it
     bound = inspect.signature(denoiser.forward).bind(*caught["args"], **caught["kwargs"]).arguments
     sample_name = next(iter(bound))
     sample = bound[sample_name]
