@@ -39,10 +39,15 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
+    return parse_json(Path(path).read_bytes(), str(path))
+
+
+def parse_json(text: bytes, where: str) -> Any:
+    """Content of a JSON file, which an error calls `where`."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(text.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Restore it or delete it and make it anew.") from error
+        raise ValueError(f"{where} is not valid JSON ({error}). Restore it or delete it and make it anew.") from error
 
 
 def fingerprint_of(content: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ def finished_shards(folder: Path, manifest: Manifest) -> dict[int, ShardMark]:
         name = shard_name(number)
         if name + MARK not in present:
             continue
-        mark = ShardMark.from_dict(read_json(folder / (name + MARK)), folder / (name + MARK))
+        mark = ShardMark.from_dict(read_json(folder / (name + MARK)), str(folder / (name + MARK)))
         _check_files(folder, number, mark, manifest, shapes)
         found[number] = mark
     return found

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import read_json
+from .._files import parse_json
 from ..provenance import Provenance
 
 MANIFEST = "manifest.json"
@@ -48,18 +48,18 @@ def repair(name: str) -> str:
     """What to do about a damaged shard, for the end of a message."""
     return (
         f"To have it made anew, delete {name}{DATA}, {name}{INDEX} and {name}{MARK} and call extract again with the "
-        "same data."
+        "same data; one from the Hub is downloaded again."
     )
 
 
-def _strict(cls: type, content: Any, path: Path) -> dict[str, Any]:
+def _strict(cls: type, content: Any, where: str) -> dict[str, Any]:
     """The content as arguments of a dataclass; missing and unknown keys are named."""
     known = [f.name for f in fields(cls)]
     found = content if isinstance(content, dict) else {}
     wrong = [f"lacks {name!r}" for name in known if name not in found]
     wrong += [f"has the unknown {name!r}" for name in found if name not in known]
     if wrong or not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged or no file of a feature store: it {', '.join(wrong) or 'is no object'}.")
+        raise ValueError(f"{where} is damaged or no file of a feature store: it {', '.join(wrong) or 'is no object'}.")
     return content
 
 
@@ -81,8 +81,8 @@ class ShardMark:
         return self.shard.split(" ", 1)[0]
 
     @classmethod
-    def from_dict(cls, content: Any, path: Path) -> Self:
-        return cls(**_strict(cls, content, path))
+    def from_dict(cls, content: Any, where: str) -> Self:
+        return cls(**_strict(cls, content, where))
 
 
 @dataclass(frozen=True)
@@ -152,16 +152,21 @@ class Manifest:
                 f"There is no feature store in {str(folder)!r}: it has no {MANIFEST}. "
                 "Make one with DiffusionFeatureExtractor.extract or `diffusion-sae extract`."
             )
-        content = read_json(path)
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, text: bytes, where: str) -> Self:
+        """Content of a manifest; errors call it `where`."""
+        content = parse_json(text, where)
         version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"{path} has format version {version!r}; this library reads {FORMAT_VERSION}. Extract again, or use "
+                f"{where} has format version {version!r}; this library reads {FORMAT_VERSION}. Extract again, or use "
                 "the library's version that wrote it."
             )
-        content = _strict(cls, content, path)
-        parts = [Part(**_strict(Part, part, path)) for part in content["parts"]]
-        shards = [ShardMark.from_dict(mark, path) for mark in content["shards"]]
+        content = _strict(cls, content, where)
+        parts = [Part(**_strict(Part, part, where)) for part in content["parts"]]
+        shards = [ShardMark.from_dict(mark, where) for mark in content["shards"]]
         return cls(**content | {"parts": parts, "shards": shards})
 
 

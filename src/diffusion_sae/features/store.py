@@ -1,18 +1,21 @@
 """FeatureStore: features on disk, opened. The format is in `layout`."""
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from ..hub.dataset import download_dataset
 from .checks import damaged_files, finished_shards, read_index, require_all
 from .columns import INDEX_SCHEMA, StringColumn
 from .export import to_dataset
 from .feature_set import FeatureSet
 from .layout import DATA, Manifest, MappedRows, read_header, repair, shard_name, tensor_name
+from .sharing import PATTERNS, push_store, stream_store
 
 
 class FeatureStore:
@@ -174,3 +177,63 @@ class FeatureStore:
         for key in keys:
             self.provenance.select(*key)  # raises for what there is not
         return to_dataset(self, keys, cache_dir)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload features with diffusion_sae",
+    ) -> str:
+        """Push all files and a dataset card to a *dataset* repository in one commit, after `verify`.
+
+        Args:
+            repo_id: `owner/name`; the repository is made if need be.
+            private, token, commit_message: as in transformers.
+            revision: branch; made if there is none.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            ValueError: for an unfinished or damaged store.
+        """
+        hub = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
+        return push_store(self, repo_id, **hub)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Download a store that was pushed to the Hub, and open it; arguments as in transformers.
+
+        Raises:
+            FileNotFoundError: if there is no such data set, or it holds no feature store.
+        """
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        return cls(download_dataset(repo_id, PATTERNS, **hub))
+
+    @staticmethod
+    def stream(
+        repo_id: str, layer: str, timestep: int, *, revision: str | None = None, token: str | bool | None = None
+    ) -> Iterator[FeatureSet]:
+        """Features of a store on the Hub, one shard after another: nothing is kept on the disk, one shard in memory.
+
+        Of each shard only the tensor that is asked for is downloaded. Shards without rows are left out.
+
+        Yields:
+            The rows of a shard as a FeatureSet: `part[:]` (n, d_in) in fp32, `part.labels`, `part.image_ids`.
+
+        Raises:
+            FileNotFoundError: if there is no such data set, or it holds no feature store.
+            ValueError: for a layer or timestep that the store does not have.
+        """
+        return stream_store(repo_id, layer, timestep, revision=revision, token=token)
