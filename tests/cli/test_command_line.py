@@ -1,6 +1,7 @@
 """The command line as its user has it: real processes, real files."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -102,6 +103,28 @@ def test_extract_train_probe_report(store: Path, tmp_path: Path, capsys: pytest.
     assert main(["report", sae, str(store), "fashion-mnist-mini", page]) == 0
     assert "FVU" in capsys.readouterr().out
     assert "up_ft1" in Path(page).read_text()
+
+
+def test_extract_says_where_it_goes_on_and_what_it_did(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "store"
+    arguments = ["extract", "fashion-mnist-mini", str(folder), "--layers", "up_ft1", "--timesteps", "50", "--json"]
+    arguments += ["--limit", "30", "--shard-size", "10", "--store-dtype", "float16"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 30
+    assert re.search(rf"30 images in {folder}, 0 skipped; this run: 30 images in .* s, .* rows/s", caplog.text)
+    assert "resuming" not in caplog.text
+    for path in folder.glob("shard-00001.*"):  # as a killed run leaves it
+        path.unlink()
+    caplog.clear()
+    assert main(arguments) == 0
+    assert "resuming at shard 2 of 3 (1 to do)" in caplog.text
+    assert "this run: 10 images" in caplog.text
+    assert main([*arguments, "--split", "test"]) == 1
+    assert "append=True" in capsys.readouterr().err
+    assert main([*arguments, "--split", "test", "--append"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 60
 
 
 def test_layers(capsys: pytest.CaptureFixture[str]) -> None:

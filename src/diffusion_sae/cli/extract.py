@@ -1,8 +1,10 @@
 """`diffusion-sae extract DATASET OUTPUT_DIR`."""
 
 import argparse
+import logging
 from typing import Any
 
+from ..provenance import DTYPES
 from .options import EXTRACTOR, add_options, given
 
 
@@ -14,6 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-size", type=int, default=1024, help="images a shard (default: 1024)")
     parser.add_argument("--limit", type=int, help="only the first so many images")
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read; report them")
+    parser.add_argument("--append", action="store_true", help="put the images behind those of a complete store")
+    parser.add_argument(
+        "--store-dtype",
+        choices=DTYPES,
+        help="type of the stored numbers (default: that of the computation)",
+    )
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     add_options(parser, "extraction", *EXTRACTOR)
 
@@ -21,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from .. import DiffusionFeatureExtractor
 
+    # where it goes on and what it did; to stderr
+    logging.getLogger("diffusion_sae.extraction.run").setLevel(logging.INFO)
     settings = given(args, *EXTRACTOR)
     model = settings.pop("model", "tiny-sd")
     extractor = DiffusionFeatureExtractor.from_pretrained(model, device=args.device, **settings)
@@ -32,6 +42,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         shard_size=args.shard_size,
         limit=args.limit,
         skip_broken=args.skip_broken,
+        append=args.append,
+        store_dtype=args.store_dtype,
     )
     return {
         "store": str(store.path),

@@ -15,7 +15,7 @@ COMMANDS = {
     "train": "train a k-sparse autoencoder on a store",
     "probe": "train a probe on a store",
     "report": "a page of an SAE's latents and their images",
-    "push": "push a trained artifact to the Hub",
+    "push": "push a trained artifact or a feature store to the Hub",
     "layers": "the layers of a model, with width and stride",
 }
 

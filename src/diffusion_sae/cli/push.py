@@ -1,11 +1,12 @@
 """`diffusion-sae push ARTIFACT REPO_ID`."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", help="folder or embedded name of a trained SAE or probe")
+    parser.add_argument("artifact", help="folder or embedded name of a trained SAE or probe, or a feature store")
     parser.add_argument(
         "repo_id",
         help="owner/name on the Hub, such as revelio/sd15-up1-t25; owner/ alone: named by its origin",
@@ -42,6 +43,18 @@ def artifact_name(model: Any) -> str:
         raise ValueError("It does not say which extraction it was trained on; give the full owner/name.")
     (layer,), (timestep,) = made_from.layers, made_from.timesteps
     return str(ArtifactName(made_from.model.rstrip("/").rsplit("/", 1)[-1].lower(), layer, timestep))
+
+
+def _load(artifact: str) -> Any:
+    from transformers import AutoModel
+
+    from .. import FeatureStore
+    from ..features.layout import MANIFEST
+    from ..zoo import resolve_source
+
+    if (Path(artifact) / MANIFEST).is_file():
+        return FeatureStore(artifact)
+    return AutoModel.from_pretrained(resolve_source(artifact))
 
 
 def show(result: dict[str, Any]) -> str:
