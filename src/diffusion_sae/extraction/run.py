@@ -133,6 +133,9 @@ class _Run:
         """This process's share of the missing shards."""
         from tqdm.auto import tqdm
 
+        # in a forked process torch makes its thread pool anew at the first call from a new thread, and fails ("Invalid
+        # thread pool!") if two threads are the first: here it is one
+        torch.set_num_threads(torch.get_num_threads())
         options, shards = self.options, processes.share_of(writer.missing)
         to_do = sum(len(writer.part.rows(number)) for number in shards)
         total = len(self.source) if processes.count == 1 else to_do

@@ -111,11 +111,14 @@ def _continue(folder: Path, what: str, manifest: Manifest, found: dict[int, Shar
         parts = [*manifest.parts, *([] if part in manifest.parts else [part])]
         manifest = dataclasses.replace(manifest, parts=parts, complete=False, shards=[])
         write_json(folder / MANIFEST, manifest.to_dict())
-    # of a killed run; the last is what safetensors itself writes to first
+    return manifest, part, missing
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What killed runs left half-written; the last pattern is what safetensors itself writes to first."""
     for pattern in (".shard-*.tmp", f".{MANIFEST}.*.tmp", ".tmp??????"):
         for leftover in folder.glob(pattern):
             leftover.unlink()
-    return manifest, part, missing
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._config import check_choice
 from .._files import sha256_of, write_atomically, write_json
 from ..provenance import DTYPES, Provenance
-from .beginning import DataRecord, begin_or_continue
+from .beginning import DataRecord, begin_or_continue, remove_leftovers
 from .checks import finished_shards
 from .columns import INDEX_SCHEMA
 from .layout import DATA, INDEX, MANIFEST, MARK, Manifest, Part, ShardMark, shard_name, tensor_name
@@ -123,6 +123,7 @@ class StoreWriter:
             source_names=source_names,
             other_image=other_image,
         )
+        remove_leftovers(self.folder)
 
     @classmethod
     def joining(cls, folder: str | Path, state: tuple[Manifest, Part, list[int]]) -> Self:
