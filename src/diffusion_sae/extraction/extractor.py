@@ -62,8 +62,8 @@ def pool(activations: Tensor, pooling: str) -> Tensor:
 class DiffusionFeatureExtractor:
     """Activations of a diffusion model on real images.
 
-    An image is encoded to latents z (mode of the VAE's posterior), noised to the level that the model was trained with at
-    t (`NoiseSchedule`; for Stable Diffusion z_t = √ᾱ_t z + √(1−ᾱ_t) ε) with an ε that depends on (seed, image id, t)
+    An image is encoded to latents z (mode of the VAE's posterior), noised to the level that the model was trained with
+    at t (`NoiseSchedule`; for Stable Diffusion z_t = √ᾱ_t z + √(1−ᾱ_t) ε) with an ε that depends on (seed, image id, t)
     alone, and given to the denoiser, whose forward stops after the last wanted layer (Revelio, §3.1). The same image
     gives the same features in any batch, order and process, to 1e-5 in fp32.
     """
