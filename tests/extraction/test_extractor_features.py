@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, Image
 from diffusers import DDPMScheduler
 
-from diffusion_sae.extraction.extractor import pool
+from diffusion_sae.extraction.pooling import pool
 from diffusion_sae.extraction.images import image_id
 from diffusion_sae.extraction.noise import seeded_noise
 
