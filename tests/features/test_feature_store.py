@@ -465,3 +465,25 @@ def test_non_finite_features_name_their_image():
     values[2, 3], values[0, 0] = 0, torch.inf
     with pytest.raises(ValueError, match=r"for a\.png\."):
         shard.add({("up_ft1", 25): values}, list("abcd"), ["a.png", "b.png", "c.png", "d.png"], [None] * 4)
+
+
+def test_tens_of_thousands_of_rows(tmp_path):
+    """Every row holds its number, and its image is named by it."""
+    count = 30_000
+    values = torch.arange(count, dtype=torch.float32)[:, None] * torch.tensor([1.0, 0.5])
+    names = [f"{i}.png" for i in range(count)]
+    labels = [i % 7 for i in range(count)]
+    record = provenance(layers=("mid",), timesteps=(0,))
+    writer = begin(tmp_path, record=record, source_names=names, labels=labels, shard_size=999)
+    for number in reversed(writer.missing):  # as they come from several processes
+        write_shard(writer, number, {("mid", 0): values}, ids=names, sources=names, labels=labels)
+    writer.finish()
+    selected = FeatureStore(tmp_path).select("mid", 0)
+    assert len(selected) == count
+    for seed in range(3):
+        rows = torch.randint(count, (4096,), generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(selected[rows], values[rows])
+        assert torch.equal(selected.labels[rows], rows % 7)
+    assert torch.equal(selected.to_tensor(), values)
+    assert selected.image_ids == names
+    assert all(selected.image_ids[i] == names[i] for i in (0, 998, 999, 29_999))

@@ -33,6 +33,7 @@ class FeatureSet:
         if not blocks or sum(map(len, blocks)) == 0:
             raise ValueError("A FeatureSet needs at least one row, got none.")
         self._blocks = list(blocks)
+        self._arrays: list[np.ndarray | None] = [None] * len(self._blocks)
         self._starts = np.cumsum([0, *map(len, blocks)])
         self._row_shape = torch.Size(blocks[0].shape[1:])
         self.rows_per_image = rows_per_image
@@ -113,17 +114,26 @@ class FeatureSet:
         ordered = index[order]
         first, last = np.searchsorted(self._starts, [low, high], side="right") - 1
         cuts = np.searchsorted(ordered, self._starts[first : last + 2]).tolist()
-        sorted_rows = torch.from_numpy(ordered)
-        gathered = torch.empty(len(index), *self.row_shape, dtype=self._block(int(first)).dtype)
+        gathered = np.empty((len(index), *self.row_shape), self._array(int(first)).dtype)
         for number in range(int(first), int(last) + 1):
             begin, end = cuts[number - first : number - first + 2]
             if begin < end:
-                local = sorted_rows[begin:end] - int(self._starts[number])
-                torch.index_select(self._block(number), 0, local, out=gathered[begin:end])
-        place = torch.empty(len(index), dtype=torch.long)
-        place[torch.from_numpy(order)] = torch.arange(len(index))
-        # back into the wanted order while the rows are in their stored type: half the bytes of fp32
-        return gathered.index_select(0, place).float()
+                local = ordered[begin:end] - self._starts[number]
+                # all are in range; to find out, numpy would write to `out` through a buffer
+                self._array(number).take(local, axis=0, out=gathered[begin:end], mode="clip")
+        place = np.empty(len(index), np.int64)
+        place[order] = np.arange(len(index))
+        # back into the wanted order while the rows are in their stored type, which may be half of fp32
+        return torch.from_numpy(gathered.take(place, axis=0)).view(self._block(int(first)).dtype).float()
+
+    def _array(self, number: int) -> np.ndarray:
+        """A block for numpy, whose `take` needs a third of the time of torch's `index_select`; bf16 as int16."""
+        array = self._arrays[number]
+        if array is None:
+            block = self._block(number).detach()
+            array = (block.view(torch.int16) if block.dtype == torch.bfloat16 else block).numpy()
+            self._arrays[number] = array
+        return array
 
     def batches(self, batch_size: int) -> Iterator[Float[Tensor, "b ..."]]:
         """All rows in order, in fp32, without holding more than a batch."""
