@@ -415,7 +415,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=2000)
-    parser.add_argument("--unet-steps", type=int, default=16000)
+    parser.add_argument("--unet-steps", type=int, default=13000)
     parser.add_argument("--dit-steps", type=int, default=14000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--log-every", type=int, default=250)

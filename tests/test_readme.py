@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -46,10 +48,12 @@ def test_command_line_block_runs(tmp_path: Path) -> None:
     assert (tmp_path / "runs/cli/sae.html").stat().st_size > 10_000
 
 
-def test_evidence_table_is_the_committed_result() -> None:
-    results = json.loads((ROOT / "docs/results/evidence-tiny-sd.json").read_text())["results"]
-    (row,) = [line for line in README.splitlines() if line.startswith("| tiny-sd ")]
+@pytest.mark.parametrize("model", ["tiny-sd", "tiny-dit"])
+def test_evidence_table_is_the_committed_result(model: str) -> None:
+    results = json.loads((ROOT / f"docs/results/evidence-{model}.json").read_text())["results"]
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| {model} ")]
     numbers = re.findall(r"(\d+\.\d) ± (\d+\.\d)", row)
-    names = ("trained", "raw_pixels", "vae_latents", "random_weights")
+    names = ("trained", "trained_pair", "raw_pixels", "vae_latents", "random_weights", "random_weights_pair")
     expected = [(f"{100 * results[n]['test_mean']:.1f}", f"{100 * results[n]['test_std']:.1f}") for n in names]
     assert numbers == expected
+    assert f"`{results['trained']['layer']}`" in README
