@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -23,7 +24,8 @@ class Processes:
         if any(int(os.environ.get(name) or 1) > 1 for name in WORLD_SIZES):
             from accelerate import PartialState
 
-            state = PartialState(cpu=cpu)
+            # a fast process may wait for a slow one longer than torch's ten minutes
+            state = PartialState(cpu=cpu, timeout=timedelta(days=7))
             self.rank, self.count = state.process_index, state.num_processes
 
     @property

@@ -107,6 +107,8 @@ def _continue(folder: Path, what: str, manifest: Manifest, found: dict[int, Shar
                 "these. Call extract with the data these are of first; it makes what is missing."
             )
     missing = [number for number in part.shards if number not in found]
+    if missing:
+        require_writable_folder(folder)
     if part not in manifest.parts or (missing and manifest.complete):
         parts = [*manifest.parts, *([] if part in manifest.parts else [part])]
         manifest = dataclasses.replace(manifest, parts=parts, complete=False, shards=[])
