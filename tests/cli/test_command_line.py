@@ -52,10 +52,12 @@ def test_options_are_the_fields_of_the_configs() -> None:
         ProbeTrainingArguments,
         SAETrainingArguments,
     )
+    from diffusion_sae.extraction.loading import Placement
     from diffusion_sae.provenance import ExtractorConfig
 
     plain = {
         options.EXTRACTOR: ExtractorConfig,
+        options.PLACEMENT: Placement,
         options.SAE_TRAINING: SAETrainingArguments,
         options.PROBE_TRAINING: ProbeTrainingArguments,
     }

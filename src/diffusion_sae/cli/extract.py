@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 from ..provenance import DTYPES
-from .options import EXTRACTOR, add_options, given
+from .options import EXTRACTOR, PLACEMENT, add_options, given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         help="type of the stored numbers (default: that of the computation)",
     )
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     add_options(parser, "extraction", *EXTRACTOR)
+    add_options(parser, "where and how the model runs", *PLACEMENT)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     logging.getLogger("diffusion_sae.extraction.run").setLevel(logging.INFO)
     settings = given(args, *EXTRACTOR)
     model = settings.pop("model", "tiny-sd")
-    extractor = DiffusionFeatureExtractor.from_pretrained(model, device=args.device, **settings)
+    extractor = DiffusionFeatureExtractor.from_pretrained(model, **given(args, *PLACEMENT), **settings)
     store = extractor.extract(
         args.dataset,
         args.output_dir,

@@ -66,6 +66,7 @@ def _parser_of(annotation: str) -> Any:
     base = annotation.removesuffix(" | None")
     if base.startswith("tuple["):
         base = base[6:].split(",")[0]
+    base = "str" if base.startswith("str | ") else base  # what can be an object as well is named on the command line
     convert: Any = {"int": int, "float": float, "str": str}.get(base, _number)
     if not annotation.endswith("| None"):
         return convert
@@ -105,6 +106,7 @@ def given(args: argparse.Namespace, source: str, class_name: str, leave_out: Ite
 
 
 EXTRACTOR = ("provenance.py", "ExtractorConfig")
+PLACEMENT = ("extraction/loading.py", "Placement")
 SAE = ("sae/configuration.py", "KSparseAutoencoderConfig")
 SAE_TRAINING = ("sae/training_args.py", "SAETrainingArguments")
 PROBE = ("probes/configuration.py", "DiffusionProbeConfig")

@@ -34,7 +34,10 @@ def find_artifact(name: str, *, subfolder: str = "", **hub: Any) -> Provenance |
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where and how a pipeline runs. All of it is diffusers' own; none of it decides the features beyond rounding."""
+    """Where and how a pipeline runs, by diffusers' own means.
+
+    None of it decides the features beyond rounding, save tiling: large images get other latents at the tiles' seams.
+    """
 
     device: str | torch.device | None = None
     """Default: CUDA, else MPS, else the CPU."""
@@ -43,7 +46,9 @@ class Placement:
     offload: str | None = None
     """model, sequential: `enable_model_cpu_offload`, `enable_sequential_cpu_offload`; needs an accelerator."""
     vae_tiling: bool = False
+    """The VAE encodes large images in overlapping tiles: less memory, and slightly other latents."""
     vae_slicing: bool = False
+    """The VAE encodes one image after another: less memory."""
     attention_backend: str | None = None
     """Name that the denoiser's `set_attention_backend` takes, such as native or flash."""
 
