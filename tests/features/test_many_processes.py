@@ -148,6 +148,25 @@ def test_two_processes_write_the_bytes_of_one(extractor, alone, image_folder, ti
 
 
 @pytest.mark.slow
+def test_accelerate_launch(alone, image_folder, tiny_sd_folder, tmp_path):
+    """--multi_gpu, as with --cpu it starts several processes only where there is MPI; without GPUs they use the CPU."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(PROCESS))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options.split()]
+    command += ["--main_process_port", str(port), str(script)]
+    arguments = [str(tiny_sd_folder), str(tmp_path), f"{image_folder}:{tmp_path / 'store'}:"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*command, *arguments], env=environment, check=True, capture_output=True, timeout=240)
+    seen = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(2)]
+    assert seen == [[2, {str(tmp_path / "store"): [12, True]}]] * 2
+    assert contents(tmp_path / "store") == contents(alone / "store")
+
+
+@pytest.mark.slow
 def test_killed_processes_are_gone_on_with_by_another_number(extractor, alone, image_folder, tiny_sd_folder, tmp_path):
     for count in (2, 3):
         folder = tmp_path / f"store-{count}"
