@@ -99,17 +99,12 @@ def average_weights(averaged: list[Tensor], current: list[Tensor], num_averaged:
 class Stage:
     """One network in training: AdamW with a cosine schedule, averaged weights, checkpoints, a log."""
 
-    def __init__(
-        self, name: str, model: nn.Module, lr: float, steps: int, args: argparse.Namespace, restart: int = 0
-    ) -> None:
-        """`restart`: the step at which a second cosine begins, from half the learning rate; 0 for none."""
+    def __init__(self, name: str, model: nn.Module, lr: float, steps: int, args: argparse.Namespace) -> None:
         self.name, self.model, self.lr, self.steps, self.args = name, model, lr, steps, args
-        self.restart = restart if restart < steps else 0
         self.average = AveragedModel(model, multi_avg_fn=average_weights)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
         self.checkpoint = args.out / f"{name}.safetensors"
         self.settings = {"lr": str(lr), "steps": str(steps), "batch": str(args.batch_size), "seed": str(args.seed)}
-        self.settings |= {"restart": str(self.restart)} if self.restart else {}
         self.step = 0
         if self.checkpoint.exists():
             self._load()
@@ -154,26 +149,16 @@ class Stage:
             log.write(json.dumps(line) + "\n")
         tqdm.write(json.dumps(line))
 
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, cosine to zero, and after a restart a second cosine (SGDR, Loshchilov & Hutter 2017)."""
-        if self.restart and step >= self.restart:
-            return 0.5 * self.lr * self._cosine((step - self.restart) / (self.steps - self.restart))
-        first = self.restart or self.steps
-        warmup = min(500, first // 10 + 1)
-        return self.lr * self._cosine(step / first) * min(1.0, (step + 1) / warmup)
-
-    @staticmethod
-    def _cosine(progress: float) -> float:
-        return 0.5 * (1 + math.cos(math.pi * progress))
-
     def run(self, loss_of_step: Callable[[int], Tensor], fixed_loss: Callable[[nn.Module], Tensor]) -> nn.Module:
         """Train to the end; `fixed_loss` sees the same images, noise and timesteps each time, on averaged weights."""
+        warmup = min(500, self.steps // 10 + 1)
         losses: list[float] = []
         started, first = time.time(), self.step
         for step in tqdm(
             range(self.step, self.steps), desc=self.name, initial=self.step, total=self.steps, mininterval=5
         ):
-            self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
+            cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+            self.optimizer.param_groups[0]["lr"] = self.lr * cosine * min(1.0, (step + 1) / warmup)
             loss = loss_of_step(step)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -320,7 +305,7 @@ def train_tiny_sd(
         return model["unet"](noisy, t, states, return_dict=False)[0]
 
     loss = make_diffusion_loss(latents, "tiny-sd", args.batch_size, predict, args)
-    stage = Stage("tiny-sd", networks, lr=1e-3, steps=args.unet_steps, args=args, restart=10000)
+    stage = Stage("tiny-sd", networks, lr=1e-3, steps=args.unet_steps, args=args)
     return stage.run(lambda step: loss(networks, step), lambda m: loss(m, "fixed")), tokenizer
 
 
@@ -415,7 +400,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=2000)
-    parser.add_argument("--unet-steps", type=int, default=13000)
+    parser.add_argument("--unet-steps", type=int, default=10000)
     parser.add_argument("--dit-steps", type=int, default=14000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--log-every", type=int, default=250)
