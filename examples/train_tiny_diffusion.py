@@ -255,7 +255,12 @@ def build_tokenizer() -> CLIPTokenizer:
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=2000, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+        vocab_size=2000,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        # numbered beforehand: else the order of a hash table numbers them, and that decides between equal counts
+        special_tokens=[letter + "</w>" for letter in alphabet],
+        show_progress=False,
     )
     bpe.train_from_iterator([template.format(c).lower() for template in TEMPLATES for c in CLASSES], trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]

@@ -83,7 +83,11 @@ def build_tokenizer() -> CLIPTokenizer:
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=600, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+        vocab_size=600,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        special_tokens=[letter + "</w>" for letter in alphabet],  # else a hash table's order numbers them
+        show_progress=False,
     )
     bpe.train_from_iterator([f"a photo of a {name}" for name in CLASS_NAMES], trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
