@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from diffusion_sae import FeatureStore
 from diffusion_sae.cli import options
 from diffusion_sae.cli.main import COMMANDS, main
 
@@ -127,6 +128,18 @@ def test_extract_says_where_it_goes_on_and_what_it_did(
     assert "append=True" in capsys.readouterr().err
     assert main([*arguments, "--split", "test", "--append"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 60
+
+
+def test_push_takes_a_store(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = []
+
+    def push(self: FeatureStore, repo_id: str, **hub: object) -> str:
+        pushed.append((self.path, repo_id, hub["revision"]))
+        return "https://hub/commit"
+
+    monkeypatch.setattr(FeatureStore, "push_to_hub", push)
+    assert main(["push", str(store), "user/features", "--revision", "v1"]) == 0
+    assert pushed == [(store, "user/features", "v1")]
 
 
 def test_layers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,11 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from transformers import AutoModel
-
-    from ..zoo import resolve_source
-
-    model = AutoModel.from_pretrained(resolve_source(args.artifact))
+    model = _load(args.artifact)
     repo_id = args.repo_id + artifact_name(model) if args.repo_id.endswith("/") else args.repo_id
     url = model.push_to_hub(
         repo_id,
@@ -35,12 +31,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def artifact_name(model: Any) -> str:
-    """`<model>-<layer>-t<timestep>` of the extraction that an SAE or probe was trained on."""
+    """`<model>-<layer>-t<timestep>` of the extraction that an SAE or probe was trained on, or that made a store."""
     from ..zoo.names import ArtifactName
 
     made_from = model.provenance
     if made_from is None:
         raise ValueError("It does not say which extraction it was trained on; give the full owner/name.")
+    if len(made_from.layers) * len(made_from.timesteps) > 1:
+        raise ValueError(
+            f"The features are of the layers {', '.join(made_from.layers)} and the timesteps "
+            f"{', '.join(map(str, made_from.timesteps))}, which no name says; give the full owner/name."
+        )
     (layer,), (timestep,) = made_from.layers, made_from.timesteps
     return str(ArtifactName(made_from.model.rstrip("/").rsplit("/", 1)[-1].lower(), layer, timestep))
 

@@ -1,5 +1,6 @@
 """The processes that `accelerate launch` or `torchrun` started, where there are several."""
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,14 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 # what torchrun and accelerate set, and the MPIs that accelerate knows
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def _leave() -> None:
+    """At exit: a process whose group still has threads then may abort ("terminate called"), all its work done."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 class ProcessesFailedError(RuntimeError):
@@ -23,9 +32,13 @@ class Processes:
         self.rank, self.count = 0, 1
         if any(int(os.environ.get(name) or 1) > 1 for name in WORLD_SIZES):
             from accelerate import PartialState
+            from torch import distributed
 
+            ours = not distributed.is_initialized()
             # a fast process may wait for a slow one longer than torch's ten minutes
             state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+            if ours:
+                atexit.register(_leave)
             self.rank, self.count = state.process_index, state.num_processes
 
     @property
