@@ -8,9 +8,9 @@ import torch
 from datasets import Dataset, Image
 from diffusers import DDPMScheduler
 
-from diffusion_sae.extraction.pooling import pool
 from diffusion_sae.extraction.images import image_id
 from diffusion_sae.extraction.noise import seeded_noise
+from diffusion_sae.extraction.pooling import pool
 
 ATOL = 1e-5
 

@@ -168,3 +168,28 @@ def test_texts_as_prompts(make_sd_extractor, images, tmp_path):
         ValueError, match=r"prompt_from='image' needs a text an image: a datasets column prompt or text"
     ):
         extractor.extract(images, tmp_path / "list", progress=False)
+
+
+def test_prompts_given_to_extract(make_sd_extractor, images, image_folder, tmp_path):
+    """A text an image for data without a text column; the same as texts of the extractor's own call."""
+    extractor = make_sd_extractor(layers="up_ft1", prompt_from="image")
+    prompts = [f"a bag {i % 3}" for i in range(12)]
+    store = extractor.extract(images, tmp_path / "given", prompts=prompts, progress=False)
+    expected = extractor(images, prompts=prompts)["up_ft1", 25]
+    torch.testing.assert_close(store.select("up_ft1", 25)[:], expected, atol=1e-5, rtol=0)
+    limited = extractor.extract(image_folder, tmp_path / "folder", prompts=prompts, limit=5, progress=False)
+    assert len(limited) == 5
+    with pytest.raises(ValueError, match=r"begun with other images, labels, class names or shard size"):
+        extractor.extract(images, tmp_path / "given", prompts=prompts[::-1], progress=False)
+
+
+def test_prompts_that_do_not_fit(make_sd_extractor, images, tmp_path):
+    extractor = make_sd_extractor(layers="up_ft1", prompt_from="image")
+    for wrong in (["one"], "a bag"):
+        with pytest.raises(ValueError, match=r"prompts must be one text an image: 12 images, prompts: "):
+            extractor.extract(images, tmp_path, prompts=wrong, progress=False)
+    with pytest.raises(
+        ValueError, match=r"prompts were given, but prompt_from='config' does not take them. Use 'image'"
+    ):
+        make_sd_extractor(layers="up_ft1").extract(images, tmp_path, prompts=["a"] * 12, progress=False)
+    assert not any(tmp_path.iterdir())

@@ -224,6 +224,7 @@ class DiffusionFeatureExtractor:
         skip_broken: bool = False,
         append: bool = False,
         store_dtype: str | None = None,
+        prompts: Sequence[str] | None = None,
         progress: bool = True,
     ) -> FeatureStore:
         """Features of a whole data set, on disk; a run that was killed goes on where it stopped.
@@ -242,6 +243,7 @@ class DiffusionFeatureExtractor:
             append: put the images behind those of other data sets in a complete store of the same extraction; the
                 same call again goes on with them, or finds them done.
             store_dtype: float32, bfloat16 or float16 for the stored numbers; None: that of the computation.
+            prompts: a text an image, for prompt_from="image"; default the data set's column prompt, text or caption.
             progress: show a bar with rate and time left.
 
         Raises:
@@ -259,6 +261,7 @@ class DiffusionFeatureExtractor:
             skip_broken=skip_broken,
             append=append,
             store_dtype=store_dtype,
+            prompts=prompts,
             progress=progress,
         )
         return extract_into_store(self, dataset, output_dir, options)

@@ -1,5 +1,6 @@
 """Finding and loading what an extractor is made of: a diffusers pipeline, or an artifact that names one."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,9 @@ def randomise_denoiser(pipeline: Any, seed: int) -> None:
 
 
 def default_device() -> str:
+    """CUDA, the one of this process where `accelerate launch` or `torchrun` started several; else MPS, else the CPU."""
     if torch.cuda.is_available():
-        return "cuda"
+        return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 

@@ -1,5 +1,6 @@
 """Extraction of a whole data set into a store: what `DiffusionFeatureExtractor.extract` does."""
 
+import dataclasses
 import logging
 import os
 import time
@@ -40,6 +41,7 @@ class RunOptions:
     append: bool
     store_dtype: str | None
     progress: bool
+    prompts: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "shard_size", "limit"):
@@ -63,7 +65,8 @@ def extract_into_store(
     """Errors: see `DiffusionFeatureExtractor.extract`."""
     processes = Processes(cpu=extractor.device.type == "cpu")
     with processes.together():
-        run = _Run(extractor, open_images(dataset, options.split).first(options.limit), Path(output_dir), options)
+        source = with_texts(open_images(dataset, options.split), options.prompts, extractor.config.prompt_from)
+        run = _Run(extractor, source.first(options.limit), Path(output_dir), options)
     state = processes.from_main(lambda: run.begin().state)
     started = time.perf_counter()
     with processes.together():
@@ -191,16 +194,30 @@ class _Run:
             shard.add(dict(features), ids, [source.names[r] for r in rows], [source.labels[r] for r in rows])
 
 
+def with_texts(source: ImageSource, prompts: Sequence[str] | None, prompt_from: str) -> ImageSource:
+    """The images with the prompts that were given for them, if any were."""
+    if prompts is None:
+        return source
+    if prompt_from != "image":
+        raise ValueError(f"prompts were given, but prompt_from={prompt_from!r} does not take them. Use 'image'.")
+    if isinstance(prompts, str) or len(prompts) != len(source):
+        raise ValueError(f"prompts must be one text an image: {len(source)} images, prompts: {prompts!r:.60}.")
+    return dataclasses.replace(source, texts=list(prompts))
+
+
 def _texts(extractor: "DiffusionFeatureExtractor", source: ImageSource) -> Sequence[str] | None:
     """What `prompt_from` takes of each image: its class name, its own text, or nothing."""
     kind = extractor.config.prompt_from
     if kind == "class":
         if source.class_names is None or any(label is None for label in source.labels):
-            raise ValueError("prompt_from='class' needs images with class names, which these data lack.")
+            raise ValueError(
+                "prompt_from='class' needs images with class names, which these data lack. Give class folders or "
+                "data with a ClassLabel column, or use prompt_from='image' with prompts."
+            )
         return [source.class_names[label] for label in source.labels if label is not None]
     if kind == "image" and source.texts is None:
         raise ValueError(
             f"prompt_from='image' needs a text an image: a datasets column {' or '.join(TEXT_COLUMNS)}, which these "
-            "data lack."
+            "data lack, or prompts=[…]."
         )
     return source.texts if kind == "image" else None
