@@ -95,7 +95,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     started = time.time()
-    extractor = DiffusionFeatureExtractor.from_pretrained(args.model)
+    extractor = DiffusionFeatureExtractor.from_pretrained(args.model, layers=LAYERS[args.model][:1])
     size = extractor.backbone.image_size
     images = {s: open_images(IMAGES, s).first(200 if args.quick else None) for s in SPLITS}
     pixels = {s: pixel_features(images[s], size) for s in SPLITS}
