@@ -31,6 +31,7 @@ class LatentSpace:
         # an autoencoder of videos takes (B, 3, frames, H, W); an image is a video of one frame
         self.is_video = any(isinstance(module, nn.Conv3d) for module in self.autoencoder.modules())
         self.stride = self._stride(pipeline)
+        self.dtype: torch.dtype = self.autoencoder.dtype
 
     def _stride(self, pipeline: Any) -> int:
         for name in ("vae_scale_factor_spatial", "vae_scale_factor"):
@@ -56,7 +57,7 @@ class LatentSpace:
         """
         if self.autoencoder is None:
             return pixel_values.mean(1, keepdim=True) if self._pixel_channels == 1 else pixel_values
-        images = pixel_values.to(self.autoencoder.device, self.autoencoder.dtype)
+        images = pixel_values.to(dtype=self.dtype)
         encoded = self.autoencoder.encode(images.unsqueeze(2) if self.is_video else images)
         if hasattr(encoded, "latent_dist"):
             latents = encoded.latent_dist.mode()
