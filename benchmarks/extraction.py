@@ -4,7 +4,7 @@
     python benchmarks/extraction.py --models tiny-sd sd15 --out …                     # and Stable Diffusion 1.5's shape
 
 Each ratio is a median over rounds in which its two sides take turns. `sd15` is the true architecture with random
-weights at 512 px (the sweep at 256 px) in fp32. Targets are those of the project; a ratio that misses its target is printed as such.
+weights at 512 px (the sweep at 256 px) in fp32. A target is printed beside its ratio.
 """
 
 import argparse
