@@ -57,3 +57,9 @@ def test_evidence_table_is_the_committed_result(model: str) -> None:
     expected = [(f"{100 * results[n]['test_mean']:.1f}", f"{100 * results[n]['test_std']:.1f}") for n in names]
     assert numbers == expected
     assert f"`{results['trained']['layer']}`" in README
+
+
+def test_speed_is_the_committed_result() -> None:
+    models = json.loads((ROOT / "docs/results/extraction-speed.json").read_text())["models"]
+    ratios = [measures[name]["ratio"] for measures in models.values() for name in ("overhead", "sweep")]
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} of the time of the bare modules" in README
