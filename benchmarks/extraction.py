@@ -1,7 +1,7 @@
 """What extraction costs beside what it cannot avoid: ratios measured side by side in one run.
 
-    python benchmarks/extraction.py --out docs/results/extraction-speed.json          # tiny-sd, about five minutes
-    python benchmarks/extraction.py --models tiny-sd sd15 --out …                     # and Stable Diffusion 1.5's shape
+    python benchmarks/extraction.py --out docs/results/extraction-speed.json    # ten minutes on two cores
+    python benchmarks/extraction.py --models tiny-sd --measures overhead sweep  # some of it
 
 Each ratio is a median over rounds in which its two sides take turns. `sd15` is the true architecture with random
 weights at 512 px (the sweep at 256 px) in fp32. A target is printed beside its ratio.
@@ -216,6 +216,7 @@ def folder_throughput(model: str) -> dict[str, float]:
     """`extract` from a folder of JPEG files to a store, against the same features of tensors in memory."""
     images, side, batch, rounds = {"tiny-sd": (1024, 256, 64, 3), "sd15": (2, 512, 1, 1)}[model]
     extractor = make_extractor(model, ("up_ft1",), (25,))
+    extractor.provenance  # noqa: B018  hashes the weights, once a model: seconds for gigabytes, whatever the images
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "images")
         folder.mkdir()
@@ -261,33 +262,39 @@ def memory(model: str) -> dict[str, float]:
     return {"512_images_mb": few, "4096_images_mb": many, "ratio": many / few, "target": 1.05}
 
 
+MEASURES: dict[str, Callable[[str], dict[str, float]]] = {
+    "overhead": overhead,
+    "early_exit": early_exit,
+    "sweep": sweep,
+    "folder": folder_throughput,
+    "memory": memory,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["tiny-sd"], choices=sorted(SIZES))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--models", nargs="+", default=sorted(SIZES), choices=sorted(SIZES))
+    parser.add_argument("--measures", nargs="+", default=list(MEASURES), choices=list(MEASURES))
+    parser.add_argument("--out", type=Path, help="JSON; measures that it holds already and that are not asked for stay")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
         extract_for_memory(args.memory_of[0], int(args.memory_of[1]))
         return
-    results: dict[str, Any] = {"machine": machine(), "models": {}}
-    print(json.dumps(results["machine"]), flush=True)
+    results: dict[str, Any] = {"models": {}}
+    if args.out and args.out.is_file():
+        results = json.loads(args.out.read_text())
+    print(json.dumps(machine()), flush=True)
     for model in args.models:
-        measures: dict[str, Callable[[], dict[str, float]]] = {
-            "overhead": lambda model=model: overhead(model),
-            "early_exit": lambda model=model: early_exit(model),
-            "sweep": lambda model=model: sweep(model),
-            "folder": lambda model=model: folder_throughput(model),
-        }
-        if model != "sd15":  # thousands of images of its size would take hours on two cores
-            measures |= {"memory": lambda model=model: memory(model)}
-        results["models"][model] = {}
-        for name, measure in measures.items():
-            result = results["models"][model][name] = measure()
+        for name in args.measures:
+            if model == "sd15" and name == "memory":
+                continue  # thousands of images of its size would take hours on two cores
+            result = MEASURES[name](model)
             print(f"{model} {name}: {json.dumps({k: round(v, 4) for k, v in result.items()})}", flush=True)
+            results["models"].setdefault(model, {})[name] = result
             if args.out:
-                command = f"python benchmarks/extraction.py --models {' '.join(args.models)} --out {args.out}"
-                write_json(args.out, results | {"command": command})
+                results |= {"machine": machine(), "command": f"python benchmarks/extraction.py --out {args.out}"}
+                write_json(args.out, results)
 
 
 if __name__ == "__main__":
