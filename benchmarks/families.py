@@ -48,7 +48,7 @@ def within(difference: float) -> str:
     """The bound that the difference keeps: its digits differ from machine to machine."""
     if difference == 0:
         return "0"
-    return next((f"≤ {bound:.0e}" for bound in (1e-6, 1e-5, 1e-4) if difference <= bound), f"{difference:.0e}")
+    return next((f"≤ {bound:.0e}" for bound in (1e-5, 1e-4) if difference <= bound), f"{difference:.0e}")
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -104,7 +104,9 @@ class Stage:
         self.average = AveragedModel(model, multi_avg_fn=average_weights)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
         self.checkpoint = args.out / f"{name}.safetensors"
-        self.settings = {"lr": str(lr), "steps": str(steps), "batch": str(args.batch_size), "seed": str(args.seed)}
+        # one entry: safetensors writes several in the order of a hash table
+        settings = {"lr": lr, "steps": steps, "batch": args.batch_size, "seed": args.seed}
+        self.settings = {"settings": json.dumps(settings)}
         self.step = 0
         if self.checkpoint.exists():
             self._load()
