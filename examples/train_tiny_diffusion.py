@@ -17,7 +17,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -251,7 +251,10 @@ def make_diffusion_loss(
     return loss
 
 
-def build_tokenizer() -> CLIPTokenizer:
+CAPTIONS = [template.format(c) for template in TEMPLATES for c in CLASSES]
+
+
+def build_tokenizer(captions: Sequence[str] = CAPTIONS, length: int = 24) -> CLIPTokenizer:
     """A CLIP tokenizer whose merges are learned from the captions; any other text still encodes, byte by byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
@@ -264,11 +267,11 @@ def build_tokenizer() -> CLIPTokenizer:
         special_tokens=[letter + "</w>" for letter in alphabet],
         show_progress=False,
     )
-    bpe.train_from_iterator([template.format(c).lower() for template in TEMPLATES for c in CLASSES], trainer)
+    bpe.train_from_iterator([caption.lower() for caption in captions], trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(merge) for merge in merges]
     vocabulary = {token: i for i, token in enumerate([*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=24)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

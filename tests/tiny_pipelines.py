@@ -1,7 +1,8 @@
 """Diffusion pipelines of the real classes made tiny, with random weights from a seed: one of each family."""
 
-import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -22,7 +23,7 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import (
     BertConfig,
@@ -44,17 +45,11 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import train_tiny_diffusion
+
+SCHEDULE = train_tiny_diffusion.SCHEDULE  # Stable Diffusion's
 CLASS_NAMES = ("bag", "dress", "shoe")
-# Stable Diffusion's
-SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 SIZE = 32
 """Image size of all of them; sixteen latent positions a side or fewer."""
 
@@ -78,22 +73,8 @@ def build_vae(stride: int = 4, **config: Any) -> AutoencoderKL:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer with a vocabulary learned from a few captions; any other text still encodes, byte by byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        end_of_word_suffix="</w>",
-        initial_alphabet=alphabet,
-        special_tokens=[letter + "</w>" for letter in alphabet],  # else a hash table's order numbers them
-        show_progress=False,
-    )
-    bpe.train_from_iterator([f"a photo of a {name}" for name in CLASS_NAMES], trainer)
-    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(merge) for merge in merges]
-    vocabulary = {token: i for i, token in enumerate([*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=12)
+    """The training script's, with a vocabulary of a few captions."""
+    return train_tiny_diffusion.build_tokenizer([f"a photo of a {name}" for name in CLASS_NAMES], length=12)
 
 
 def byte_tokenizer(length: int = 64, padding_side: str = "right") -> PreTrainedTokenizerFast:
