@@ -1,6 +1,5 @@
 """A diffusers pipeline as something that turns images into activations: one adapter for every family."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -9,14 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .._files import fingerprint_of
 from .conditioning import Conditioning, catch_conditioning, concatenate
-from .families import family_entry
+from .families import denoiser_name, family_entry
 from .hooks import ImageStream, run_until_captured
 from .latents import LatentSpace
 from .layers import LayerInfo, canonical_layers, describe_layers, family_of, resolve_layer
 from .noise import noise_batch
 from .schedule import TIME_FORMS, NoiseSchedule
+from .weights import weights_hash
 
 # components that have no part in an activation
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder", "image_processor")
@@ -30,8 +29,8 @@ class DiffusionBackbone:
 
     def __init__(self, pipeline: Any, *, image_size: int | None = None, guidance: float | None = None) -> None:
         self.pipeline = pipeline
-        denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-        if denoiser is None or not canonical_layers(denoiser):
+        denoiser = getattr(pipeline, denoiser_name(pipeline))
+        if not canonical_layers(denoiser):
             raise ValueError(
                 f"{type(pipeline).__name__} is not supported: it needs a denoiser, `unet` or `transformer`, made of "
                 "blocks that extraction/families.py names."
@@ -208,8 +207,10 @@ class DiffusionBackbone:
         conditioning = self.conditioning("")
         try:
             activations = self._meta_activations(module_paths, conditioning.to(torch.device("meta")))
-        except (NotImplementedError, RuntimeError) as error:
-            if "meta" not in str(error):
+        except RuntimeError as error:
+            # torch's two answers where a forward asks for a value, which a meta tensor does not have: Lumina 2 reads
+            # the lengths of its texts. The shapes of a real forward are the same; any other error is the model's.
+            if not isinstance(error, NotImplementedError) and "meta tensors" not in str(error):
                 raise
             sample = torch.zeros(conditioning.sample_shape, device=self.device, dtype=self.dtype)
             activations = run_until_captured(
@@ -240,15 +241,10 @@ class DiffusionBackbone:
         return {layer: resolve_layer(self.denoiser, layer) for layer in layers}
 
     def weights_hash(self) -> str:
-        """16 hex digits of a SHA-256 over the tensors of every network that takes part, by name and content.
-
-        With them the noise schedule and the scale of the latents, which decide the numbers as the weights do.
-        """
-        digest = hashlib.sha256(fingerprint_of(self.latent_space.scales() | self.schedule.settings()).encode())
-        for component, module in sorted(self.pipeline.components.items()):
-            if not isinstance(module, nn.Module) or component in UNUSED_COMPONENTS:
-                continue
-            for name, tensor in sorted(module.state_dict().items()):
-                digest.update(f"{component}.{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        """Of every network that takes part, with the noise schedule and the scale of the latents."""
+        networks = {
+            name: component
+            for name, component in self.pipeline.components.items()
+            if isinstance(component, nn.Module) and name not in UNUSED_COMPONENTS
+        }
+        return weights_hash(networks, self.latent_space.scales() | self.schedule.settings())

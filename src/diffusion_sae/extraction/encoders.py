@@ -1,19 +1,19 @@
 """Vision encoders of transformers through the backbone's interface, as baselines for what a denoiser sees."""
 
-import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .._files import fingerprint_of, read_json
+from .._files import read_json
+from ..hub.lookup import find_file
 from ..provenance import ExtractorConfig
 from .hooks import ImageStream, run_until_captured
 from .layers import LayerInfo, canonical_layers, describe_layers, resolve_layer
+from .weights import weights_hash
 
 
 class EncoderBackbone:
@@ -112,31 +112,17 @@ class EncoderBackbone:
         return {layer: resolve_layer(self.denoiser, layer) for layer in layers}
 
     def weights_hash(self) -> str:
-        """16 hex digits of a SHA-256 over all tensors, and the normalisation of the pixels."""
+        """Of all tensors, with the normalisation of the pixels."""
         scales = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
-        digest = hashlib.sha256(fingerprint_of(scales).encode())
-        for name, tensor in sorted(self.denoiser.state_dict().items()):
-            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        return weights_hash({"encoder": self.denoiser}, scales)
 
 
-def is_encoder(source: str, *, revision: str | None, **hub: Any) -> bool:
+def is_encoder(source: str, **hub: Any) -> bool:
     """Whether a folder or repository holds a transformers model and no diffusers pipeline."""
-    from transformers.utils.hub import cached_file
-
-    names = ("model_index.json", "config.json")
-    if Path(source).is_dir():
-        found = [path if (path := Path(source, name)).is_file() else None for name in names]
-    else:
-        quiet = {
-            "_raise_exceptions_for_missing_entries": False,
-            "_raise_exceptions_for_gated_repo": False,
-            "_raise_exceptions_for_connection_errors": False,
-        }
-        found = [cached_file(source, name, revision=revision, **quiet, **hub) for name in names]
-    pipeline, config = found
-    return pipeline is None and config is not None and "model_type" in read_json(config)
+    if find_file(source, "model_index.json", **hub) is not None:
+        return False
+    config = find_file(source, "config.json", **hub)
+    return config is not None and "model_type" in read_json(config)
 
 
 def load_encoder(config: ExtractorConfig, source: str, device: Any, **hub: Any) -> EncoderBackbone:

@@ -43,5 +43,13 @@ CANONICAL = (
 )
 
 
+def denoiser_name(pipeline: object) -> str:
+    """Which component of a pipeline removes the noise."""
+    for name in ("unet", "transformer"):
+        if getattr(pipeline, name, None) is not None:
+            return name
+    raise ValueError(f"{type(pipeline).__name__} is not supported: it has no denoiser named `unet` or `transformer`.")
+
+
 def family_entry(denoiser: object) -> Family:
     return FAMILIES.get(type(denoiser).__name__, Family())

@@ -2,35 +2,22 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from .._config import check, check_choice
+from ..hub.lookup import find_file
 from ..provenance import EXTRACTOR_CONFIG_NAME, ExtractorConfig, Provenance
 from ..zoo import resolve_source
 from .encoders import is_encoder, load_encoder
+from .families import denoiser_name
 
 
 def find_artifact(name: str, *, subfolder: str = "", **hub: Any) -> Provenance | None:
     """The extraction recorded in an artifact's `extractor_config.json`; None if `name` is a pipeline itself."""
-    source = resolve_source(name)
-    if Path(source).is_dir():
-        path = Path(source, subfolder, EXTRACTOR_CONFIG_NAME)
-        return Provenance.load(path) if path.is_file() else None
-    try:
-        return Provenance.load(hf_hub_download(source, EXTRACTOR_CONFIG_NAME, subfolder=subfolder or None, **hub))
-    except LocalEntryNotFoundError:
-        return None  # offline and not in the cache: loading it as a pipeline says what is missing
-    except HfHubHTTPError as error:
-        if isinstance(error, EntryNotFoundError):
-            return None
-        raise
-    except EntryNotFoundError:
-        return None
+    path = find_file(resolve_source(name), EXTRACTOR_CONFIG_NAME, subfolder=subfolder, **hub)
+    return None if path is None else Provenance.load(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +57,7 @@ class Placement:
             if wanted:
                 getattr(vae, method)()
         if self.attention_backend is not None:
-            denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
-            denoiser.set_attention_backend(self.attention_backend)
+            getattr(pipeline, denoiser_name(pipeline)).set_attention_backend(self.attention_backend)
         if self.offload == "model":
             pipeline.enable_model_cpu_offload(device=self.device)
         elif self.offload == "sequential":
@@ -114,7 +100,7 @@ def load_pipeline(config: ExtractorConfig, placement: Placement, **hub: Any) -> 
 
 def randomise_denoiser(pipeline: Any, seed: int) -> None:
     """Replace the denoiser by one of the same architecture, initialised by its own constructor from `seed`."""
-    name = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+    name = denoiser_name(pipeline)
     trained = getattr(pipeline, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -135,7 +121,7 @@ def first_settings(model: str) -> dict[str, Any]:
     from diffusers import DiffusionPipeline
 
     source = resolve_source(model)
-    if is_encoder(source, revision=None):
+    if is_encoder(source):
         return {"layers": ("block0",), "timesteps": (0,)}
     return {"layers": ("bottleneck" if "unet" in DiffusionPipeline.load_config(source) else "block0",)}
 
