@@ -96,7 +96,7 @@ class ArtifactModel(PreTrainedModel):
         source = resolve_source(str(pretrained_model_name_or_path))
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # else transformers raises without naming the tensors
-        # transformers would fall back on a pickle where there is no safetensors file, and a pickle runs code when it is read
+        # else transformers reads a pickle where there is no safetensors file, and reading a pickle runs its code
         kwargs["use_safetensors"] = True
         try:
             loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
