@@ -214,7 +214,7 @@ def write_jpegs(folder: Path, count: int, side: int) -> None:
 
 def folder_throughput(model: str) -> dict[str, float]:
     """`extract` from a folder of JPEG files to a store, against the same features of tensors in memory."""
-    images, side, batch, rounds = {"tiny-sd": (1024, 256, 64, 3), "sd15": (2, 512, 1, 1)}[model]
+    images, side, batch, rounds = {"tiny-sd": (1024, 256, 64, 3), "sd15": (4, 512, 1, 3)}[model]
     extractor = make_extractor(model, ("up_ft1",), (25,))
     extractor.provenance  # noqa: B018  hashes the weights, once a model: seconds for gigabytes, whatever the images
     with tempfile.TemporaryDirectory() as name:
