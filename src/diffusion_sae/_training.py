@@ -1,11 +1,9 @@
 """What both trainers need: row orders and splits that depend on a seed alone, one-file checkpoints, a log."""
 
-import hashlib
 import json
 import logging
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._config import check_choice
-from ._files import fingerprint_of, write_atomically
+from ._files import write_atomically
 from .features import FeatureSet
+from .features.order import epoch_order
 
 CHECKPOINT = "checkpoint.safetensors"
 REPORT_TO = ("none", "trackio", "tensorboard", "wandb")
@@ -25,12 +24,6 @@ logger = logging.getLogger(__name__)
 
 class TrainingDivergedError(RuntimeError):
     """The loss stopped being a number; the last checkpoint is kept."""
-
-
-@lru_cache(maxsize=2)  # every step of an epoch asks for it; 10 million rows take a second to permute
-def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
-    """A permutation of the rows that depends on (seed, epoch) alone."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def step_rows(step: int, batch_size: int, count: int, *, seed: int) -> Tensor:
@@ -58,19 +51,7 @@ def hold_out_images(features: FeatureSet, count: int, *, seed: int) -> tuple[Ten
 
 
 def data_fingerprint(features: FeatureSet) -> str:
-    """Hash that tells one set of features from another: extraction, number of rows, labels, 64 rows spread over all."""
-    spread = torch.arange(64) * (len(features) - 1) // 63
-    content = hashlib.sha256(features[spread].numpy().tobytes())
-    if features.image_labels is not None:
-        content.update(features.image_labels.numpy().tobytes())
-    provenance = features.provenance
-    return fingerprint_of(
-        {
-            "extraction": None if provenance is None else provenance.fingerprint,
-            "rows": len(features),
-            "content": content.hexdigest(),
-        }
-    )
+    return features.fingerprint()
 
 
 def save_checkpoint(

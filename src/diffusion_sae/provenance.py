@@ -4,6 +4,7 @@ The words that every room shares; no torch here, because the command line builds
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -148,11 +149,13 @@ class Provenance(ExtractorConfig):
         own = {f.name for f in dataclasses.fields(ExtractorConfig)}
         return ExtractorConfig.from_dict({key: value for key, value in self.to_dict().items() if key in own})
 
-    def select(self, layer: str, timestep: int) -> Self:
-        """The same record narrowed to one layer and timestep, which must be among those extracted."""
+    def select(self, layer: str, timestep: int | Sequence[int]) -> Self:
+        """The same record narrowed to one layer, and to one timestep or several; all must be among those extracted."""
+        timesteps = (timestep,) if isinstance(timestep, int | str) else tuple(timestep)
         check_choice("layer", layer, self.layers)
-        check_choice("timestep", timestep, self.timesteps)
-        return dataclasses.replace(self, layers=(layer,), timesteps=(timestep,))
+        for one in timesteps:
+            check_choice("timestep", one, self.timesteps)
+        return dataclasses.replace(self, layers=(layer,), timesteps=timesteps)
 
     def describe(self) -> str:
         prompt = f" · prompt {self.prompt!r}" if self.prompt else ""

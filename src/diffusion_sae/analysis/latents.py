@@ -8,12 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..features import FeatureSet
-from ..sae.modeling import KSparseAutoencoder, SparseCode
+from ..sae.code import SparseCode
+from ..sae.modeling import KSparseAutoencoder
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Per latent, over the images of a feature set. An image's activation is its largest over positions."""
+    """Per latent, over the images of a set; an image's activation is its largest over positions and timesteps."""
 
     top_images: Int[Tensor, "num_latents n"]
     """Images that activate the latent most, best first; meaningless where `top_acts` is 0."""
@@ -36,12 +37,11 @@ def image_activations(
     sae: KSparseAutoencoder, features: FeatureSet, images_per_batch: int = 256
 ) -> Iterator[Float[Tensor, "b num_latents"]]:
     """The largest activation of each latent in each image, a batch of images at a time."""
-    per_image, num_latents = features.rows_per_image, sae.config.num_latents
-    for rows in features.batches(images_per_batch * per_image):
-        code = sae.encode(rows.to(sae.W_dec.device))
-        images = len(rows) // per_image
-        acts = torch.zeros(images, num_latents, device=code.top_acts.device)
-        # (images · T, k) -> (images, T · k): each image's positions beside one another
+    for rows in features.image_batches(images_per_batch):
+        images = len(rows)
+        code = sae.encode(rows.flatten(0, 1).to(sae.W_dec.device))  # (images · T, k)
+        acts = torch.zeros(images, sae.config.num_latents, device=code.top_acts.device)
+        # (images · T, k) -> (images, T · k): each image's rows beside one another
         by_image = SparseCode(code.top_acts.reshape(images, -1), code.top_indices.reshape(images, -1))
         yield acts.scatter_reduce_(1, by_image.top_indices, by_image.top_acts.float(), "amax").cpu()
 

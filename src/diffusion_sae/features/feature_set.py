@@ -1,5 +1,6 @@
-"""Features of one layer and timestep, addressed by row: what trainers and metrics take."""
+"""Features of one layer at one timestep or several, addressed by row: what trainers and metrics take."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Self
 
@@ -8,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._files import fingerprint_of
 from ..provenance import Provenance
 from .columns import StringColumn
 from .layout import MappedRows
@@ -18,6 +20,9 @@ class FeatureSet:
 
     For pooled features a row is an image; for token features a row is one position of an image, and `image_index` and
     `positions` say which. For `pooling="none"` a row is an image's whole activation (C, h, w).
+
+    Of several timesteps the rows stand one timestep after another, each with all images in the same order: `timesteps`
+    says which a row is of, and an image is the same one at all of them.
     """
 
     def __init__(
@@ -29,15 +34,37 @@ class FeatureSet:
         image_ids: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
         provenance: Provenance | None = None,
+        timesteps: Sequence[int] = (),
     ) -> None:
+        """
+        Args:
+            blocks: the rows, in parts.
+            rows_per_image: over all positions and timesteps of an image.
+            labels, image_ids: one an image.
+            class_names: what the labels mean.
+            provenance: the extraction that made them.
+            timesteps: that the rows are of, if known: each has the same number of rows.
+
+        Raises:
+            ValueError: if there are no rows, or the numbers do not fit one another.
+        """
         if not blocks or sum(map(len, blocks)) == 0:
             raise ValueError("A FeatureSet needs at least one row, got none.")
+        if rows_per_image % max(1, len(timesteps)):
+            raise ValueError(
+                f"An image must have the same number of rows at each timestep: {rows_per_image} rows an image, "
+                f"{len(timesteps)} timesteps. Give the rows of all timesteps together as rows_per_image."
+            )
         self._blocks = list(blocks)
         self._arrays: list[np.ndarray | None] = [None] * len(self._blocks)
         self._starts = np.cumsum([0, *map(len, blocks)])
         self._row_shape = torch.Size(blocks[0].shape[1:])
+        self.in_memory = not any(isinstance(block, MappedRows) for block in blocks)
+        """Whether the rows were given as tensors; else they are on the disk."""
         self.rows_per_image = rows_per_image
+        """Over all positions and timesteps of an image."""
         self.num_images = len(self) // rows_per_image
+        self._of_timesteps = tuple(timesteps)
         for name, values in (("labels", labels), ("image_ids", image_ids)):
             if values is not None and len(values) != self.num_images:
                 raise ValueError(
@@ -59,7 +86,8 @@ class FeatureSet:
         return int(self._starts[-1])
 
     def __repr__(self) -> str:
-        return f"FeatureSet({len(self)} rows of {tuple(self.row_shape)}, {self.num_images} images)"
+        several = f", t={self._of_timesteps}" if len(self._of_timesteps) > 1 else ""
+        return f"FeatureSet({len(self)} rows of {tuple(self.row_shape)}, {self.num_images} images{several})"
 
     @property
     def row_shape(self) -> torch.Size:
@@ -111,20 +139,31 @@ class FeatureSet:
         if len(self._blocks) == 1:
             return self._block(0).index_select(0, torch.from_numpy(index)).float()
         order = np.argsort(index)
-        ordered = index[order]
-        first, last = np.searchsorted(self._starts, [low, high], side="right") - 1
-        cuts = np.searchsorted(ordered, self._starts[first : last + 2]).tolist()
-        gathered = np.empty((len(index), *self.row_shape), self._array(int(first)).dtype)
-        for number in range(int(first), int(last) + 1):
-            begin, end = cuts[number - first : number - first + 2]
-            if begin < end:
-                local = ordered[begin:end] - self._starts[number]
-                # all are in range; to find out, numpy would write to `out` through a buffer
-                self._array(number).take(local, axis=0, out=gathered[begin:end], mode="clip")
+        gathered = self._stored(index[order])
         place = np.empty(len(index), np.int64)
         place[order] = np.arange(len(index))
         # back into the wanted order while the rows are in their stored type, which may be half of fp32
-        return torch.from_numpy(gathered.take(place, axis=0)).view(self._block(int(first)).dtype).float()
+        return self._as_tensor(gathered.take(place, axis=0)).float()
+
+    def stored(self, ascending: Int[Tensor, " n"]) -> Float[Tensor, "n ..."]:
+        """The given rows, whose numbers must ascend, in the type they are stored in, with no second copy of them."""
+        return self._as_tensor(self._stored(ascending.numpy()))
+
+    def _stored(self, ascending: np.ndarray) -> np.ndarray:
+        """Each block is read front to back; bf16 as int16."""
+        first, last = np.searchsorted(self._starts, ascending[[0, -1]], side="right") - 1
+        cuts = np.searchsorted(ascending, self._starts[first : last + 2]).tolist()
+        rows = np.empty((len(ascending), *self.row_shape), self._array(int(first)).dtype)
+        for number in range(int(first), int(last) + 1):
+            begin, end = cuts[number - first : number - first + 2]
+            if begin < end:
+                local = ascending[begin:end] - self._starts[number]
+                # all are in range; to find out, numpy would write to `out` through a buffer
+                self._array(number).take(local, axis=0, out=rows[begin:end], mode="clip")
+        return rows
+
+    def _as_tensor(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(rows).view(self._block(0).dtype)
 
     def _array(self, number: int) -> np.ndarray:
         """A block for numpy, whose `take` needs a third of the time of torch's `index_select`; bf16 as int16."""
@@ -144,19 +183,55 @@ class FeatureSet:
         return self[:]
 
     @property
+    def num_timesteps(self) -> int:
+        """1 also where it is not known which."""
+        return max(1, len(self._of_timesteps))
+
+    @property
+    def rows_per_timestep(self) -> int:
+        """Rows of all images at one timestep."""
+        return len(self) // self.num_timesteps
+
+    @property
+    def positions_per_image(self) -> int:
+        return self.rows_per_image // self.num_timesteps
+
+    @property
     def image_index(self) -> Int[Tensor, " N"]:
         """Which image each row belongs to."""
-        return torch.arange(self.num_images).repeat_interleave(self.rows_per_image)
+        once = torch.arange(self.num_images).repeat_interleave(self.positions_per_image)
+        return once.repeat(self.num_timesteps)
 
     @property
     def positions(self) -> Int[Tensor, " N"]:
         """Position within its image of each row, row-major over the grid; all 0 for pooled features."""
-        return torch.arange(self.rows_per_image).repeat(self.num_images)
+        return torch.arange(self.positions_per_image).repeat(self.num_images * self.num_timesteps)
+
+    @property
+    def timesteps(self) -> Int[Tensor, " N"] | None:
+        """Timestep of each row; None for plain tensors, of which it is not known."""
+        known = self._of_timesteps
+        return torch.tensor(known).repeat_interleave(self.rows_per_timestep) if known else None
+
+    def timesteps_of(self, rows: Int[Tensor, " n"]) -> Int[Tensor, " n"] | None:
+        """`timesteps[rows]`, without the timesteps of all rows."""
+        return torch.tensor(self._of_timesteps)[rows // self.rows_per_timestep] if self._of_timesteps else None
 
     @property
     def labels(self) -> Int[Tensor, " N"] | None:
         """Label of each row: its image's."""
-        return None if self.image_labels is None else self.image_labels.repeat_interleave(self.rows_per_image)
+        return None if self.image_labels is None else self.image_labels[self.image_index]
+
+    def image_batches(self, images: int) -> Iterator[Float[Tensor, "b rows_per_image ..."]]:
+        """All images in order, so many at a time, each with all its rows: its positions, timestep by timestep."""
+        at_once = self.positions_per_image
+        for first in range(0, self.num_images, images):
+            last = min(first + images, self.num_images)
+            parts = [
+                self[start + first * at_once : start + last * at_once].unflatten(0, (-1, at_once))
+                for start in range(0, len(self), self.rows_per_timestep)
+            ]
+            yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def mean(self) -> Float[Tensor, " d_in"]:
         """Mean row, accumulated in fp64."""
@@ -175,6 +250,15 @@ class FeatureSet:
                     f"{what} holds NaN or infinite values, first in rows {bad} of {len(self)}. Extract them again "
                     "(in float32 or bfloat16 if float16 overflowed) or remove these rows."
                 )
+
+    def fingerprint(self) -> str:
+        """Hash that tells one set from another: extraction, number of rows, labels, 64 rows spread over all."""
+        spread = torch.arange(64) * (len(self) - 1) // 63
+        content = hashlib.sha256(self[spread].numpy().tobytes())
+        if self.image_labels is not None:
+            content.update(self.image_labels.numpy().tobytes())
+        extraction = None if self.provenance is None else self.provenance.fingerprint
+        return fingerprint_of({"extraction": extraction, "rows": len(self), "content": content.hexdigest()})
 
 
 def as_feature_set(features: "FeatureSet | Tensor") -> FeatureSet:

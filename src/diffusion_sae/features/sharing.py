@@ -93,4 +93,5 @@ def _read_shard(
         image_ids=StringColumn(index["image_id"]),
         class_names=manifest.class_names,
         provenance=manifest.record.select(layer, timestep),
+        timesteps=(timestep,),
     )

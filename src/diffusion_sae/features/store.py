@@ -1,6 +1,6 @@
 """FeatureStore: features on disk, opened. The format is in `layout`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -130,28 +130,42 @@ class FeatureStore:
     def _no_images(self) -> ValueError:
         return ValueError(f"The feature store {str(self.path)!r} holds no images yet. Run the extraction to its end.")
 
-    def select(self, layer: str, timestep: int) -> FeatureSet:
-        """Features of one layer and timestep, memory-mapped."""
+    def select(self, layer: str, timestep: int | Sequence[int]) -> FeatureSet:
+        """Features of one layer, memory-mapped.
+
+        Args:
+            layer: one of `layers`.
+            timestep: one of `timesteps`, or several: then all rows of the first come first, of the same images in the
+                same order at each, and `timesteps` of the FeatureSet says which a row is of.
+
+        Raises:
+            ValueError: for a layer or timestep that the store does not have, and for repeated timesteps.
+        """
         provenance = self.provenance.select(layer, timestep)
         if not len(self):
             raise self._no_images()
-        name, rows_per_image = tensor_name(layer, timestep), self._rows_per_image(layer, timestep)
-        _, *shape = self._shape(layer, timestep)
-        if provenance.pooling == "tokens":
-            shape = shape[1:]  # (n, T, C) -> (n·T, C)
-        blocks = [
-            MappedRows(self.path / (shard_name(number) + DATA), name, [mark.rows * rows_per_image, *shape])
-            for number, mark in self.marks.items()
-            if mark.rows  # all images of a shard may have been broken
-        ]
+        positions = self._rows_per_image(layer, provenance.timesteps[0])
         return FeatureSet(
-            blocks,
-            rows_per_image=rows_per_image,
+            [block for t in provenance.timesteps for block in self._blocks(layer, t)],
+            rows_per_image=positions * len(provenance.timesteps),
             labels=self.labels,
             image_ids=self.image_ids,
             class_names=self.class_names,
             provenance=provenance,
+            timesteps=provenance.timesteps,
         )
+
+    def _blocks(self, layer: str, timestep: int) -> list[MappedRows]:
+        positions = self._rows_per_image(layer, timestep)
+        _, *shape = self._shape(layer, timestep)
+        if self.provenance.pooling == "tokens":
+            shape = shape[1:]  # (n, T, C) -> (n·T, C)
+        name = tensor_name(layer, timestep)
+        return [
+            MappedRows(self.path / (shard_name(number) + DATA), name, [mark.rows * positions, *shape])
+            for number, mark in self.marks.items()
+            if mark.rows  # all images of a shard may have been broken
+        ]
 
     def to_dataset(
         self, layer: str | None = None, timestep: int | None = None, *, cache_dir: str | Path | None = None
