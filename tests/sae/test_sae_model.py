@@ -8,7 +8,8 @@ from sklearn.metrics import r2_score
 from torch import Tensor
 
 from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig
-from diffusion_sae.sae.modeling import SparseCode, fraction_of_variance_unexplained, normalized_mse
+from diffusion_sae.sae.code import SparseCode
+from diffusion_sae.sae.losses import fraction_of_variance_unexplained, normalized_mse
 
 D_IN, NUM_LATENTS, K = 7, 20, 4
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -185,7 +186,7 @@ def test_latents_in_another_order_reconstruct_the_same(sae: KSparseAutoencoder, 
         sae.W_dec.copy_(sae.W_dec[order])
     after = sae(features)
     torch.testing.assert_close(after.reconstruction, before.reconstruction)
-    assert torch.equal(order[after.top_indices], before.top_indices)
+    assert torch.equal(order[after.top_indices].sort(1).values, before.top_indices.sort(1).values)
 
 
 def test_rows_do_not_depend_on_their_batch(sae: KSparseAutoencoder, features: Tensor) -> None:

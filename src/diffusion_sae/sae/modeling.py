@@ -1,68 +1,52 @@
 """KSparseAutoencoder: the model, free of training and of the Hub's details."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from ..features import FeatureSet
 from ..hub.artifact import ArtifactModel
 from ..provenance import require_same_provenance
-from .configuration import KSparseAutoencoderConfig
+from .activations import JumpReLU, Step, batch_top_k
+from .code import KSparseAutoencoderOutput, SparseCode
+from .configuration import TOP_K, KSparseAutoencoderConfig
+from .losses import auxk_loss, fraction_of_variance_unexplained, l0_penalty, l1_penalty, normalized_mse
+from .sparse import DecodeRows, Encode, SparseGradients, encode_above, encode_top_k, pad_rows
+
+Timesteps = int | Int[Tensor, " N"] | None
+INITIAL_THRESHOLD = 0.001  # of a JumpReLU (Rajamanoharan et al. 2024, §5), for rows of about unit length
 
 
-class SparseCode(NamedTuple):
-    """The active latents of each row."""
+class _Rows(NamedTuple):
+    """Rows as the encoder sees them, and the way back: x = shift + scale · (inner + bias)."""
 
-    top_acts: Float[Tensor, "N k"]
-    """Activations, ≥ 0, largest first."""
-    top_indices: Int[Tensor, "N k"]
-    """Which latents they are."""
+    inner: Float[Tensor, "N d_in"]
+    bias: Float[Tensor, "*N d_in"]
+    shift: Tensor | float
+    scale: Tensor | float
 
-    def to_dense(self, num_latents: int) -> Float[Tensor, "N num_latents"]:
-        """`latent_acts`, zero where a latent is not active."""
-        dense = self.top_acts.new_zeros(len(self.top_acts), num_latents)
-        return dense.scatter_(1, self.top_indices, self.top_acts)
-
-
-@dataclass
-class KSparseAutoencoderOutput(ModelOutput):
-    """Result of a forward pass."""
-
-    loss: Float[Tensor, ""] | None = None
-    """Normalised MSE plus `auxk_alpha` × AuxK loss."""
-    reconstruction: Float[Tensor, "N d_in"] | None = None
-    top_acts: Float[Tensor, "N k"] | None = None
-    top_indices: Int[Tensor, "N k"] | None = None
-    fvu: Float[Tensor, ""] | None = None
-    """Fraction of variance unexplained in this batch, Σ‖x − x̂‖² / Σ‖x − x̄‖²."""
-    auxk_loss: Float[Tensor, ""] | None = None
-    """0 where no latent is dead."""
-
-
-def normalized_mse(reconstruction: Tensor, target: Tensor) -> Float[Tensor, ""]:
-    """mean over rows of ‖x̂ − x‖² / ‖x‖² (Gao et al. 2024, §2.1; the loss of Revelio)."""
-    error = (reconstruction - target).pow(2).sum(-1)
-    return (error / target.pow(2).sum(-1).clamp_min(torch.finfo(target.dtype).tiny)).mean()
-
-
-def fraction_of_variance_unexplained(reconstruction: Tensor, target: Tensor) -> Float[Tensor, ""]:
-    """Σ‖x − x̂‖² / Σ‖x − x̄‖², with x̄ the mean row; 0 is perfect, 1 is as good as the mean."""
-    return (target - reconstruction).pow(2).sum() / (target - target.mean(0)).pow(2).sum()
+    def back(self, decoded: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
+        return self.shift + self.scale * (decoded + self.bias)
 
 
 class KSparseAutoencoder(ArtifactModel):
     """A k-sparse autoencoder (Makhzani & Frey 2013; Gao et al. 2024, §2.3; Revelio, §3.2):
 
-        z = ReLU(TopK(W_encᵀ (x − b_dec) + b_enc)),    x̂ = W_decᵀ z + b_dec
+        z = act(W_encᵀ (x − b_dec) + b_enc),    x̂ = W_decᵀ z + b_dec
 
-    with features x (d_in), `W_enc` (d_in, num_latents), `W_dec` (num_latents, d_in), whose rows have unit norm: a row
-    is the direction that its latent writes. TopK keeps the k largest pre-activations and ReLU drops negative ones.
+    with features x (d_in), `W_enc` (d_in, num_latents), `W_dec` (num_latents, d_in), whose rows have unit norm when they
+    are trained: a row is the direction that its latent writes. `act` is ReLU(TopK(·)) or what `config.activation` names
+    (see `activations`); most of z is 0, and nothing behind the encoder's product touches more than the active latents.
+
+    With `config.input_norm` or `config.timesteps` x stands for (x − shift) / scale, and x̂ for shift + scale · x̂: the
+    row's mean and standard deviation, or 0 and the timestep's scale, which then has a `b_dec` of its own as well.
     """
 
     config_class = KSparseAutoencoderConfig
@@ -73,11 +57,27 @@ class KSparseAutoencoder(ArtifactModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         d_in, num_latents = config.d_in, config.num_latents
-        self.W_enc = nn.Parameter(torch.empty(d_in, num_latents))
+        # both weights lie latent-major in memory: an update passes over them once, latent by latent
+        self.W_enc = nn.Parameter(torch.empty(num_latents, d_in).T)
         self.b_enc = nn.Parameter(torch.empty(num_latents))
         self.W_dec = nn.Parameter(torch.empty(num_latents, d_in))
-        self.b_dec = nn.Parameter(torch.empty(d_in))
+        self.b_dec = nn.Parameter(torch.empty(d_in if config.timesteps is None else (len(config.timesteps), d_in)))
+        if config.activation == "jumprelu":
+            self.log_threshold = nn.Parameter(torch.full((num_latents,), math.log(INITIAL_THRESHOLD)))
+        elif config.activation == "batchtopk":
+            self.register_buffer("threshold", torch.zeros(()))
+        if config.timesteps is not None:
+            self.register_buffer("timestep_scale", torch.ones(len(config.timesteps)))
+        self._collect: SparseGradients | None = None
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        sae = loaded[0] if isinstance(loaded, tuple) else loaded
+        with torch.no_grad():
+            sae.W_enc.data = sae.W_enc.T.contiguous().T  # the file holds it as its shape says
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -107,29 +107,100 @@ class KSparseAutoencoder(ArtifactModel):
             raise ValueError("features hold NaN or infinite values; extract them again or remove these rows.")
         return features.to(self.dtype)
 
-    def pre_acts(self, features: Float[Tensor, "N d_in"]) -> Float[Tensor, "N num_latents"]:
-        """W_encᵀ (x − b_dec) + b_enc, dense."""
-        return torch.addmm(self.b_enc, features - self.b_dec, self.W_enc)
+    def _timestep_index(self, timesteps: Timesteps, rows: int) -> Int[Tensor, " N"] | None:
+        known = self.config.timesteps
+        if known is None:
+            if timesteps is not None:
+                raise ValueError(
+                    "timesteps were given, but this SAE has none: leave them out, or set config.timesteps."
+                )
+            return None
+        if timesteps is None:
+            raise ValueError(f"This SAE is for several timesteps: give timesteps=, each one of {known}.")
+        given = torch.as_tensor(timesteps, device=self.b_dec.device).expand(rows)
+        index = torch.searchsorted(torch.tensor(known, device=given.device), given.contiguous())
+        index = index.clamp_max(len(known) - 1)
+        unknown = torch.tensor(known, device=given.device)[index] != given
+        if bool(unknown.any()):
+            raise ValueError(f"timesteps must be among {known}, got {sorted(set(given[unknown].tolist()))[:5]}.")
+        return index
 
-    def _topk(self, pre_acts: Float[Tensor, "N num_latents"]) -> SparseCode:
-        values, indices = pre_acts.topk(self.config.k, dim=-1)
-        return SparseCode(F.relu(values), indices)
+    def _rows(self, features: Tensor, timesteps: Timesteps = None) -> _Rows:
+        features = self._checked(features)
+        index = self._timestep_index(timesteps, len(features))
+        shift: Tensor | float = 0.0
+        scale: Tensor | float = 1.0
+        if self.config.input_norm == "layer_norm":
+            shift = features.mean(1, keepdim=True)
+            scale = (features - shift).pow(2).mean(1, keepdim=True).sqrt() + 1e-5
+        bias = self.b_dec if index is None else self.b_dec[index]
+        if index is not None:
+            scale = scale * self.timestep_scale[index, None]
+        normalised = features if isinstance(scale, float) else (features - shift) / scale
+        return _Rows(normalised - bias, bias, shift, scale)
 
-    def encode(self, features: Float[Tensor, "N d_in"]) -> SparseCode:
-        """Active latents of each row.
+    def pre_acts(self, features: Float[Tensor, "N d_in"], timesteps: Timesteps = None) -> Float[Tensor, "N num_latents"]:
+        """W_encᵀ (x − b_dec) + b_enc, dense: for a look at few rows."""
+        return torch.addmm(self.b_enc, self._rows(features, timesteps).inner, self.W_enc)
+
+    def _chosen(self, inner: Tensor, *, k: int | None = None, subset: Tensor | None = None) -> SparseCode:
+        """TopK of the pre-activations in no order, ReLU applied as the config says."""
+        choose = partial(encode_top_k, k=self.config.k if k is None else k)
+        values, indices = Encode.apply(inner, self.W_enc.T, self.b_enc, choose, subset, self._collect)  # type: ignore[misc]
+        return SparseCode(values if self.config.activation == "signed_topk" else F.relu(values), indices)
+
+    def encode(self, features: Float[Tensor, "N d_in"], timesteps: Timesteps = None) -> SparseCode:
+        """Active latents of each row, which depend on that row alone.
+
+        Args:
+            features: (N, d_in).
+            timesteps: of an SAE over several timesteps: each row's, or one for all.
 
         Raises:
-            ValueError: for another width, NaN or infinity.
+            ValueError: for another width, NaN or infinity, or timesteps that the SAE does not know.
         """
-        return self._topk(self.pre_acts(self._checked(features)))
+        inner = self._rows(features, timesteps).inner
+        if self.config.activation in TOP_K:
+            acts, indices = self._chosen(inner)
+        else:
+            choose = partial(encode_above, threshold=self.activation_threshold())
+            acts, indices = Encode.apply(inner, self.W_enc.T, self.b_enc, choose, None, self._collect)  # type: ignore[misc]
+            acts = F.relu(acts)
+        acts, order = acts.sort(dim=1, descending=True, stable=True)
+        return SparseCode(acts, indices.gather(1, order))
 
-    def decode(self, code: SparseCode) -> Float[Tensor, "N d_in"]:
-        """Σ z_i W_dec[i] + b_dec over the active latents alone."""
-        return self._decode_sparse(code) + self.b_dec
+    def activation_threshold(self) -> Float[Tensor, "*num_latents"]:
+        """θ: latents are active above it (batchtopk: one for all, 0 before training; jumprelu: one each; relu: 0)."""
+        if self.config.activation == "jumprelu":
+            return self.log_threshold.exp()
+        return self.threshold if self.config.activation == "batchtopk" else self.b_enc.new_zeros(())
 
-    def _decode_sparse(self, code: SparseCode) -> Float[Tensor, "N d_in"]:
-        acts = code.top_acts.to(self.W_dec.dtype)
-        return F.embedding_bag(code.top_indices, self.W_dec, per_sample_weights=acts, mode="sum")
+    def decode(self, code: SparseCode, timesteps: Timesteps = None) -> Float[Tensor, "N d_in"]:
+        """Σ z_i W_dec[i] + b_dec over the active latents alone.
+
+        Raises:
+            ValueError: with layer_norm, where the scale of a row is not in its code; call the SAE on features instead.
+        """
+        if self.config.input_norm == "layer_norm":
+            raise ValueError(
+                "With input_norm='layer_norm' a code does not say how long its row was. Use sae(features), whose "
+                "reconstruction is scaled back."
+            )
+        index = self._timestep_index(timesteps, len(code.top_acts))
+        decoded = self._decoded(code)
+        return decoded + self.b_dec if index is None else self.timestep_scale[index, None] * (decoded + self.b_dec[index])
+
+    def _decoded(self, code: SparseCode) -> Float[Tensor, "N d_in"]:
+        return DecodeRows.apply(code.top_acts, code.top_indices, self.W_dec, self._collect)  # type: ignore[misc]
+
+    @contextmanager
+    def sparse_gradients(self) -> Iterator[SparseGradients]:
+        """Within it, `backward` forms the gradients of W_enc and W_dec not at all, but notes what they are sums of."""
+        self._collect = SparseGradients(self.config.num_latents)
+        try:
+            yield self._collect
+        finally:
+            self._collect = None
 
     def forward(
         self,
@@ -137,40 +208,103 @@ class KSparseAutoencoder(ArtifactModel):
         dead_latents: Bool[Tensor, " num_latents"] | None = None,
         auxk: int = 0,
         auxk_alpha: float = 1 / 32,
+        *,
+        timesteps: Timesteps = None,
+        k: int | None = None,
+        multi_topk_alpha: float = 0.0,
+        sparsity_coefficient: float = 0.0,
     ) -> KSparseAutoencoderOutput:
-        """Reconstruct features.
+        """Reconstruct features. In training mode batchtopk chooses among all rows of the batch.
 
         Args:
             features: (N, d_in).
             dead_latents: latents that have not been active for long; with `auxk` > 0 they learn the residual.
             auxk: how many of the dead latents reconstruct the residual of a row.
             auxk_alpha: weight of that loss (Gao et al. 2024, §A.2: 1/32).
+            timesteps: of an SAE over several timesteps: each row's, or one for all.
+            k: another k than the config's, while it is annealed.
+            multi_topk_alpha: weight of the loss with 4 k latents (Gao et al. 2024, §A.6, "Multi-TopK": 1/8), by which more
+                latents than k still help; TopK activations only.
+            sparsity_coefficient: weight of the penalty of `relu` and `jumprelu`.
         """
-        features = self._checked(features)
-        pre_acts = self.pre_acts(features)
-        code = self._topk(pre_acts)
-        reconstruction = self.decode(code)
-        auxk_loss = features.new_zeros(())
+        rows = self._rows(features, timesteps)
+        target = features.to(self.dtype)
+        sparsity = target.new_zeros(())
+        if self.config.activation in ("relu", "jumprelu"):
+            code, decoded, sparsity = self._dense_pass(rows.inner, target)
+            reconstruction = rows.back(decoded)
+            loss = normalized_mse(reconstruction, target)
+        else:
+            more = None
+            if multi_topk_alpha:  # one product for both: the k largest are among the 4 k largest
+                more = self._chosen(rows.inner, k=min(4 * (k or self.config.k), self.config.num_latents))
+            code = self._training_code(rows.inner, k, more)
+            reconstruction, loss = self._nested(rows, code, target)
+            if more is not None:
+                loss = loss + multi_topk_alpha * normalized_mse(rows.back(self._decoded(more)), target)
+        aux = target.new_zeros(())
         if auxk and dead_latents is not None and bool(dead_latents.any()):
-            auxk_loss = self._auxk_loss(features - reconstruction.detach(), pre_acts, dead_latents, auxk)
+            dead = torch.nonzero(dead_latents).flatten()
+            estimate = self._decoded(self._chosen(rows.inner, k=min(auxk, len(dead)), subset=dead))
+            aux = auxk_loss(rows.scale * estimate, target - reconstruction)
         return KSparseAutoencoderOutput(
-            loss=normalized_mse(reconstruction, features) + auxk_alpha * auxk_loss,
+            loss=loss + auxk_alpha * aux + sparsity_coefficient * sparsity,
             reconstruction=reconstruction,
             top_acts=code.top_acts,
             top_indices=code.top_indices,
-            fvu=fraction_of_variance_unexplained(reconstruction.detach(), features),
-            auxk_loss=auxk_loss.detach(),
+            fvu=fraction_of_variance_unexplained(reconstruction.detach(), target),
+            auxk_loss=aux.detach(),
+            sparsity_loss=sparsity.detach(),
         )
 
-    def _auxk_loss(self, residual: Tensor, pre_acts: Tensor, dead_latents: Tensor, auxk: int) -> Float[Tensor, ""]:
-        """Σ‖e − ê‖² / Σ‖e‖², e = x − x̂ without gradient, ê its reconstruction from the `auxk` most active dead latents.
+    def _training_code(self, inner: Tensor, k: int | None, more: SparseCode | None) -> SparseCode:
+        if self.config.activation in TOP_K and more is not None:
+            best = more.top_acts.detach().topk(k or self.config.k, dim=1, sorted=False).indices
+            return SparseCode(more.top_acts.gather(1, best), more.top_indices.gather(1, best))
+        if self.config.activation in TOP_K:
+            return self._chosen(inner, k=k)
+        if not self.training:
+            choose = partial(encode_above, threshold=self.activation_threshold())
+            acts, indices = Encode.apply(inner, self.W_enc.T, self.b_enc, choose, None, self._collect)  # type: ignore[misc]
+            return SparseCode(F.relu(acts), indices)
+        return SparseCode(*batch_top_k(inner, self.W_enc.T, self.b_enc, k or self.config.k, self._collect))
 
-        (Gao et al. 2024, §A.2.) ê has no b_dec: x̂ has it already, and e is what x̂ leaves over.
-        """
-        auxk = min(auxk, int(dead_latents.sum()))
-        values, indices = pre_acts.masked_fill(~dead_latents, -math.inf).topk(auxk, dim=-1)
-        estimate = self._decode_sparse(SparseCode(F.relu(values), indices))
-        return (estimate - residual).pow(2).sum() / residual.pow(2).sum().clamp_min(1e-12)
+    def _nested(self, rows: _Rows, code: SparseCode, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruction by all latents, and the loss: with nested dictionaries the mean of theirs."""
+        sizes = self.config.matryoshka_sizes or [self.config.num_latents]
+        decoded, losses, low = torch.zeros_like(target), [], 0
+        for high in sizes:
+            own = code
+            if len(sizes) > 1:
+                inside = (code.top_indices >= low) & (code.top_indices < high)
+                own = SparseCode(code.top_acts * inside, code.top_indices)
+            part = self._decoded(own)
+            decoded = part if low == 0 else decoded + part
+            losses.append(normalized_mse(rows.back(decoded), target))
+            low = high
+        return rows.back(decoded), torch.stack(losses).mean() if len(losses) > 1 else losses[0]
+
+    def _dense_pass(self, inner: Tensor, target: Tensor) -> tuple[SparseCode, Tensor, Tensor]:
+        """`relu` and `jumprelu`, in whose training any number of latents is active: code, decoded rows, penalty."""
+        pre_acts = torch.addmm(self.b_enc, inner, self.W_enc)
+        if self.config.activation == "relu":
+            latent_acts = F.relu(pre_acts)
+            sparsity = l1_penalty(latent_acts, self.W_dec.norm(dim=1), target)
+        else:
+            threshold, width = self.log_threshold.exp(), self.config.jumprelu_bandwidth
+            latent_acts = JumpReLU.apply(F.relu(pre_acts), threshold, width)
+            sparsity = l0_penalty(Step.apply(F.relu(pre_acts), threshold, width), self.config.k)  # type: ignore[arg-type]
+        row, column = torch.nonzero(latent_acts.detach(), as_tuple=True)  # type: ignore[union-attr]
+        acts, indices = pad_rows(row, len(inner), latent_acts.detach()[row, column], column)  # type: ignore[union-attr]
+        return SparseCode(F.relu(acts), indices), latent_acts @ self.W_dec, sparsity  # type: ignore[operator]
+
+    @torch.no_grad()
+    def update_threshold_(self, top_acts: Tensor, rate: float = 0.01) -> None:
+        """Move the threshold of `batchtopk` towards the smallest latent of a training batch that was kept."""
+        active = top_acts[top_acts > 0]
+        if len(active):
+            smallest = active.min().to(self.threshold.dtype)
+            self.threshold.copy_(torch.where(self.threshold > 0, self.threshold.lerp(smallest, rate), smallest))
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -212,6 +346,7 @@ class KSparseAutoencoder(ArtifactModel):
             "pipeline_tag": "image-feature-extraction",
             "tags": ["sparse-autoencoder", "interpretability"],
             "configuration": [
-                (k, getattr(config, k)) for k in ("d_in", "num_latents", "expansion_factor", "k", "encoder_init")
+                (k, getattr(config, k))
+                for k in ("d_in", "num_latents", "expansion_factor", "k", "activation", "encoder_init")
             ],
         }

@@ -13,6 +13,12 @@ class SAETrainingArguments(JsonConfig):
     """Folder for the checkpoint and the finished SAE."""
     learning_rate: float = 4e-4
     """Peak learning rate of Adam."""
+    optimizer: str = "adam"
+    """adam (whose update is fused with the gradients' sums), or torch.optim's adamw, radam, nadam, sgd."""
+    micro_batch_size: int | None = None
+    """Rows of a step that are computed at a time; None: all."""
+    bf16: bool = False
+    """Whether the encoder's product is computed in bfloat16; weights and all else stay in fp32."""
     warmup_steps: int = 500
     """Steps over which the learning rate rises from 0."""
     lr_scheduler_type: str = "constant_with_warmup"
@@ -27,6 +33,10 @@ class SAETrainingArguments(JsonConfig):
     """Dead latents that learn each row's residual; None: half of d_in; 0: no AuxK loss."""
     auxk_alpha: float = 1 / 32
     """Weight of the AuxK loss."""
+    multi_topk_alpha: float = 0.0
+    """Weight of the loss with 4 k latents beside that with k (Multi-TopK); Gao et al. use 1/8."""
+    sparsity_coefficient: float = 1e-3
+    """Weight of the penalty of the activations relu (L1) and jumprelu (L0)."""
     dead_after_rows: int = 1_000_000
     """A latent that was not active for so many rows counts as dead."""
     max_grad_norm: float | None = 1.0
@@ -46,6 +56,11 @@ class SAETrainingArguments(JsonConfig):
         check(bool(self.output_dir), "output_dir must name a folder, got an empty string.")
         check_number("learning_rate", self.learning_rate, 0, open_low=True)
         check_integer("warmup_steps", self.warmup_steps, 0)
+        check_choice("optimizer", self.optimizer, ("adam", "adamw", "radam", "nadam", "sgd"))
+        if self.micro_batch_size is not None:
+            check_integer("micro_batch_size", self.micro_batch_size, 1)
+        check_number("multi_topk_alpha", self.multi_topk_alpha, 0)
+        check_number("sparsity_coefficient", self.sparsity_coefficient, 0)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, ("constant_with_warmup", "linear", "cosine"))
         check_integer("batch_size", self.batch_size, 1)
         if self.max_steps is not None:

@@ -1,0 +1,35 @@
+"""What an SAE is trained on, each a function of small tensors: no weights, no Hub."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def normalized_mse(reconstruction: Tensor, target: Tensor) -> Float[Tensor, ""]:
+    """mean over rows of ‖x̂ − x‖² / ‖x‖² (Gao et al. 2024, §2.1; the loss of Revelio)."""
+    error = (reconstruction - target).pow(2).sum(-1)
+    return (error / target.pow(2).sum(-1).clamp_min(torch.finfo(target.dtype).tiny)).mean()
+
+
+def fraction_of_variance_unexplained(reconstruction: Tensor, target: Tensor) -> Float[Tensor, ""]:
+    """Σ‖x − x̂‖² / Σ‖x − x̄‖², with x̄ the mean row; 0 is perfect, 1 is as good as the mean."""
+    return (target - reconstruction).pow(2).sum() / (target - target.mean(0)).pow(2).sum()
+
+
+def auxk_loss(estimate: Tensor, residual: Tensor) -> Float[Tensor, ""]:
+    """Σ‖e − ê‖² / Σ‖e‖², e = x − x̂ without gradient, ê what dead latents make of it (Gao et al. 2024, §A.2).
+
+    ê has no b_dec: x̂ has it already, and e is what x̂ leaves over.
+    """
+    residual = residual.detach()
+    return (estimate - residual).pow(2).sum() / residual.pow(2).sum().clamp_min(1e-12)
+
+
+def l1_penalty(latent_acts: Tensor, decoder_norms: Tensor, target: Tensor) -> Float[Tensor, ""]:
+    """mean over rows of Σ_i z_i ‖W_dec[i]‖ / ‖x‖: relative to the row, as the reconstruction's loss is."""
+    return ((latent_acts * decoder_norms).sum(-1) / target.norm(dim=-1).clamp_min(1e-12)).mean()
+
+
+def l0_penalty(active: Tensor, k: int) -> Float[Tensor, ""]:
+    """(L0 / k − 1)², L0 the mean number of active latents (Rajamanoharan et al. 2024, §A: a given sparsity as the aim)."""
+    return (active.sum(-1).mean() / k - 1).pow(2)

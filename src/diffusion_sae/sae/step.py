@@ -1,0 +1,210 @@
+"""One training step: forward, backward, update. For Adam the weights' gradients are never whole in memory."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+
+from .modeling import KSparseAutoencoder, Timesteps
+from .sparse import ByLatent, SparseGradients
+from .training_args import SAETrainingArguments
+
+LATENT_BLOCK = 1024  # 5 MB of gradient at d_in 1280: stays in the cache between its sum and its use
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam, "nadam": torch.optim.NAdam, "sgd": torch.optim.SGD}
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step came to, before its update."""
+
+    loss: Tensor
+    fvu: Tensor
+    top_acts: Tensor
+    top_indices: Tensor
+
+
+class TrainingStep:
+    """Steps of one SAE: `step(batch, learning_rate)` changes its weights in place and keeps them in order.
+
+    With Adam (Kingma & Ba 2015) the update is fused: for a block of latents the gradient is summed from the active pairs,
+    its part parallel to the decoder row is removed, the moments and weights are changed and the decoder rows scaled to unit
+    norm, before the next block. The weights pass through memory once, and the gradients not at all; the result is that of
+    `loss.backward()` and `torch.optim.Adam`. Other optimisers take that ordinary way.
+    """
+
+    def __init__(self, sae: KSparseAutoencoder, args: SAETrainingArguments) -> None:
+        self.sae, self.args = sae, args
+        self.auxk = sae.config.d_in // 2 if args.auxk is None else args.auxk
+        # jumprelu and relu have dense gradients
+        self.is_sparse = sae.config.activation not in ("jumprelu", "relu")
+        self.fused = args.optimizer == "adam" and self.is_sparse
+        make: Any = torch.optim.Adam if args.optimizer == "adam" else OPTIMIZERS[args.optimizer]
+        self.optimizer: torch.optim.Optimizer = make(sae.parameters(), lr=args.learning_rate)
+        self.rows_since_active = torch.zeros(sae.config.num_latents, dtype=torch.long, device=sae.W_dec.device)
+
+    def __call__(
+        self, batch: Tensor, learning_rate: float, *, timesteps: Timesteps = None, k: int | None = None
+    ) -> StepReport:
+        """One update by a batch (N, d_in), taken in `micro_batch_size` rows at a time."""
+        self.sae.train()
+        if self.fused:
+            with self.sae.sparse_gradients() as gradients:
+                report = self._backward(batch, timesteps, k)
+            self._update(gradients, learning_rate)
+        else:
+            report = self._backward(batch, timesteps, k)
+            self._update_by_optimizer(learning_rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.rows_since_active += len(batch)
+        self.rows_since_active[report.top_indices[report.top_acts != 0]] = 0
+        if self.sae.config.activation == "batchtopk":
+            self.sae.update_threshold_(report.top_acts)
+        return report
+
+    def _backward(self, batch: Tensor, timesteps: Timesteps, k: int | None) -> StepReport:
+        size = self.args.micro_batch_size or len(batch)
+        parts = []
+        for start in range(0, len(batch), size):
+            rows = slice(start, start + size)
+            part = batch[rows]
+            of_rows = timesteps[rows] if isinstance(timesteps, Tensor) and timesteps.ndim else timesteps
+            with torch.autocast(part.device.type, torch.bfloat16, enabled=self.args.bf16):
+                output = self.sae(
+                    part,
+                    self.rows_since_active >= self.args.dead_after_rows,
+                    self.auxk,
+                    self.args.auxk_alpha,
+                    timesteps=of_rows,
+                    k=k,
+                    multi_topk_alpha=self.args.multi_topk_alpha,
+                    sparsity_coefficient=self.args.sparsity_coefficient,
+                )
+            (output.loss * (len(part) / len(batch))).backward()
+            parts.append((len(part) / len(batch), output))
+        if len(parts) == 1:
+            output = parts[0][1]
+            return StepReport(output.loss.detach(), output.fvu, output.top_acts.detach(), output.top_indices)
+        loss = torch.stack([share * output.loss.detach() for share, output in parts]).sum()
+        fvu = torch.stack([share * output.fvu for share, output in parts]).sum()
+        acts, indices = ([getattr(o, name).detach().flatten() for _, o in parts] for name in ("top_acts", "top_indices"))
+        return StepReport(loss, fvu, torch.cat(acts), torch.cat(indices))
+
+    @torch.no_grad()
+    def _update(self, gradients: SparseGradients, learning_rate: float) -> None:
+        """The fused update of the weights, and that of the small parameters."""
+        sae = self.sae
+        sums = _BlockSums(gradients)
+        small = [p for p in (sae.b_enc, sae.b_dec) if p.grad is not None]
+        scale = self._clip_factor(sums, small)
+        W_enc, W_dec = (self._rows_and_state(p) for p in (sae.W_enc, sae.W_dec))
+        for low in range(0, sae.config.num_latents, LATENT_BLOCK):
+            block = slice(low, min(low + LATENT_BLOCK, sae.config.num_latents))
+            g_enc, g_dec = sums.block(block, sae.W_dec)
+            if scale != 1.0:
+                g_enc.mul_(scale)
+                g_dec.mul_(scale)
+            self._adam(W_enc, block, g_enc, learning_rate)
+            self._adam(W_dec, block, g_dec, learning_rate)
+            rows = sae.W_dec[block]
+            rows /= rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).eps)
+        for parameter in small:
+            gradient = parameter.grad if scale == 1.0 else parameter.grad * scale  # type: ignore[operator]
+            self._adam(self._rows_and_state(parameter), slice(None), gradient, learning_rate)  # type: ignore[arg-type]
+        for parameter in (sae.W_enc, sae.W_dec, *small):
+            self.optimizer.state[parameter]["step"] += 1
+
+    def _rows_and_state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A parameter and Adam's moments, latent-major, and the step count; kept as torch.optim.Adam keeps them."""
+        state = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)  # of the same strides as the parameter
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].stride() != parameter.stride():  # loaded from a file
+                state[name] = torch.empty_like(parameter).copy_(state[name])
+        tensors = (parameter.detach(), state["exp_avg"], state["exp_avg_sq"])
+        if parameter is self.sae.W_enc:
+            tensors = tuple(tensor.T for tensor in tensors)
+        return (*tensors, state["step"])  # type: ignore[return-value]
+
+    def _adam(
+        self, tensors: tuple[Tensor, Tensor, Tensor, Tensor], block: slice, gradient: Tensor, learning_rate: float
+    ) -> None:
+        parameter, mean, square, step = tensors
+        group = self.optimizer.param_groups[0]
+        beta1, beta2 = group["betas"]
+        device = parameter.device
+        adam(
+            [parameter[block]],
+            [gradient],
+            [mean[block]],
+            [square[block]],
+            [],
+            [step.to(device, copy=True)],  # counts up in every call
+            fused=device.type in ("cpu", "cuda", "mps"),
+            grad_scale=None,
+            found_inf=None,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=learning_rate,
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _clip_factor(self, sums: "_BlockSums", small: list[nn.Parameter]) -> float:
+        """1, or what brings the norm of all gradients down to `max_grad_norm`; the sums are formed once more for it."""
+        if self.args.max_grad_norm is None:
+            return 1.0
+        total = sum(float(p.grad.pow(2).sum()) for p in small if p.grad is not None)
+        for low in range(0, self.sae.config.num_latents, LATENT_BLOCK):
+            block = slice(low, min(low + LATENT_BLOCK, self.sae.config.num_latents))
+            total += sum(float(gradient.pow(2).sum()) for gradient in sums.block(block, self.sae.W_dec))
+        return min(1.0, self.args.max_grad_norm / (total**0.5 + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+
+    def _update_by_optimizer(self, learning_rate: float) -> None:
+        sae = self.sae
+        sae.remove_parallel_gradient_()
+        if self.args.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), self.args.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        sae.normalize_decoder_()
+
+
+class _BlockSums:
+    """Gradient rows of W_enc and W_dec, a block of latents at a time."""
+
+    def __init__(self, gradients: SparseGradients) -> None:
+        self._sorted: dict[int, ByLatent] = {}  # encoder and decoder share the indices of a code
+        self._entries = {
+            name: [
+                (self._by_latent(indices, gradients.latents), weights, dense)
+                for indices, weights, dense in getattr(gradients, name)
+            ]
+            for name in ("W_enc", "W_dec")
+        }
+
+    def _by_latent(self, indices: Tensor, latents: int) -> ByLatent:
+        key = indices.data_ptr()
+        if key not in self._sorted:
+            self._sorted[key] = ByLatent.of(indices, latents)
+        return self._sorted[key]
+
+    def _sum(self, name: str, block: slice) -> Tensor:
+        parts = [by.sums(weights, dense, block.start, block.stop) for by, weights, dense in self._entries[name]]
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def block(self, block: slice, W_dec: Tensor) -> tuple[Tensor, Tensor]:
+        """(gradient of W_enc, of W_dec without its part parallel to the decoder rows)."""
+        g_dec, rows = self._sum("W_dec", block), W_dec[block]
+        g_dec -= (g_dec * rows).sum(1, keepdim=True) * rows
+        return self._sum("W_enc", block), g_dec
