@@ -1,7 +1,17 @@
 """The seam: plain tensors (N, d_in), and a manifest that says where they came from."""
 
 from .feature_set import FeatureSet, as_feature_set
+from .shuffle import ShuffledBatches
+from .source import FeatureSource
 from .store import FeatureStore
 from .writer import Shard, StoreWriter
 
-__all__ = ["FeatureSet", "FeatureStore", "Shard", "StoreWriter", "as_feature_set"]
+__all__ = [
+    "FeatureSet",
+    "FeatureSource",
+    "FeatureStore",
+    "Shard",
+    "ShuffledBatches",
+    "StoreWriter",
+    "as_feature_set",
+]
