@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._config import check_choice
 from ._files import write_atomically
 from .features import FeatureSet
-from .features.order import epoch_order
+from .features.order import epoch_order, held_out_images
 
 CHECKPOINT = "checkpoint.safetensors"
 REPORT_TO = ("none", "trackio", "tensorboard", "wandb")
@@ -39,13 +39,7 @@ def hold_out_images(features: FeatureSet, count: int, *, seed: int) -> tuple[Ten
     Raises:
         ValueError: if no image would be left to train on.
     """
-    if count >= features.num_images:
-        raise ValueError(
-            f"{features.num_images} images are too few to hold out {count} of them. Give more images, or give the "
-            "held-out features yourself."
-        )
-    held = torch.zeros(features.num_images, dtype=torch.bool)
-    held[epoch_order(features.num_images, seed=seed, epoch=-1)[:count]] = True
+    held = held_out_images(features.num_images, count, seed=seed)
     of_row = held[features.image_index]
     return torch.nonzero(~of_row).flatten(), torch.nonzero(of_row).flatten()
 

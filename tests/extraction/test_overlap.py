@@ -108,7 +108,7 @@ def test_threads_do_not_change_the_features(make_sd_extractor, image_folder, ima
     extractor = make_sd_extractor(layers=("bottleneck", "up_ft1"), timesteps=(25, 100))
     sizes = {"batch_size": 3, "shard_size": 5, "progress": False}
     extractor.extract(image_folder, tmp_path / "threads", **sizes)
-    monkeypatch.setattr("diffusion_sae.extraction.run.MAX_THREADS", 1)
+    monkeypatch.setattr("diffusion_sae.extraction.reading.MAX_THREADS", 1)
     monkeypatch.setattr(Behind, "run", lambda _self, call, *args: call(*args))
     extractor.extract(image_folder, tmp_path / "alone", **sizes)
     for path in (tmp_path / "threads").iterdir():

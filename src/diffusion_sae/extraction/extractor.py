@@ -1,5 +1,6 @@
 """DiffusionFeatureExtractor: from images to the features of any layer at any timestep."""
 
+import copy
 import dataclasses
 import importlib.metadata
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from .loading import Placement, find_artifact, load_model
 from .pooling import ExtractedFeatures, pool
 from .prompts import PromptSource
 from .run import RunOptions, extract_into_store
+from .stream import OnTheFlyFeatures
 
 VERSIONED = ("diffusion-sae", "torch", "diffusers", "transformers", "pillow")
 
@@ -265,6 +267,28 @@ class DiffusionFeatureExtractor:
             progress=progress,
         )
         return extract_into_store(self, dataset, output_dir, options)
+
+    def only(self, layer: str, timestep: int | Sequence[int]) -> Self:
+        """The same model for one of the layers and one or some of the timesteps; the rest is not computed.
+
+        Raises:
+            ValueError: for a layer or timestep that this extractor does not take.
+        """
+        narrowed = copy.copy(self)
+        narrowed.provenance = provenance = self.provenance.select(layer, timestep)
+        narrowed.config = dataclasses.replace(self.config, layers=provenance.layers, timesteps=provenance.timesteps)
+        narrowed._module_paths = {layer: self._module_paths[layer]}
+        return narrowed
+
+    def stream(
+        self, dataset: Any, layer: str, timestep: int | Sequence[int], *, batch_size: int, **options: Any
+    ) -> OnTheFlyFeatures:
+        """Shuffled batches of features to train on, extracted when they are needed and kept nowhere.
+
+        Args:
+            dataset, layer, timestep, batch_size, options: see `OnTheFlyFeatures`.
+        """
+        return OnTheFlyFeatures(self, dataset, layer, timestep, batch_size, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `extractor_config.json`: the settings and what identifies the weights, not the weights themselves."""

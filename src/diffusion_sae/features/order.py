@@ -4,10 +4,10 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .._config import check, check_integer
@@ -21,6 +21,22 @@ def generator_of(*, seed: int, epoch: int) -> torch.Generator:
 def epoch_order(count: int, *, seed: int, epoch: int) -> Int[Tensor, " count"]:
     """A permutation of the rows that depends on (seed, epoch) alone."""
     return torch.randperm(count, generator=generator_of(seed=seed, epoch=epoch))
+
+
+def held_out_images(count: int, held_out: int, *, seed: int) -> Bool[Tensor, " count"]:
+    """Which of the images are held out, by a seed alone.
+
+    Raises:
+        ValueError: if no image would be left to train on.
+    """
+    if held_out >= count:
+        raise ValueError(
+            f"{count} images are too few to hold out {held_out} of them. Give more images, or give the held-out "
+            "features yourself."
+        )
+    held = torch.zeros(count, dtype=torch.bool)
+    held[epoch_order(count, seed=seed, epoch=-1)[:held_out]] = True
+    return held
 
 
 class Group(NamedTuple):
@@ -76,6 +92,11 @@ class BlockOrder:
     @property
     def num_blocks(self) -> int:
         return -(-self.count // self.block_rows)
+
+    def record(self) -> dict[str, Any]:
+        """What decides the order; of one group the sizes do not."""
+        sizes = None if self.num_groups == 1 else [self.block_rows, self.buffer_rows]
+        return {"count": self.count, "batch_size": self.batch_size, "seed": self.seed, "sizes": sizes}
 
     @cached_property
     def num_groups(self) -> int:

@@ -117,12 +117,8 @@ class ShuffledBatches(BufferedBatches):
 
     def fingerprint(self) -> str:
         """See `FeatureSource.fingerprint`."""
-        order = self.order
-        sizes = {name: getattr(order, name) for name in ("count", "batch_size", "seed", "block_rows", "buffer_rows")}
-        if order.num_groups == 1:  # the order does not depend on them
-            sizes |= {"block_rows": None, "buffer_rows": None}
         served = None if self.rows is None else hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()
-        return fingerprint_of({"features": self.features.fingerprint(), "served": served, **sizes})
+        return fingerprint_of({"features": self.features.fingerprint(), "served": served, **self.order.record()})
 
     def _numbers(self, places: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         return places if self.rows is None else self.rows[places]
