@@ -83,8 +83,11 @@ def test_batches_are_those_of_a_store(extractor, images, tmp_path):
     assert (len(stream), stream.steps_per_epoch) == (len(stored), stored.steps_per_epoch)
     for step in (0, 1, stream.steps_per_epoch, 50):
         close(stream.batch(step), stored.batch(step))
-    close(stream.held_out(), features[held])
+    close(stream.held_out()[:], features[held])
+    assert stream.held_out().image_ids == stored.held_out().image_ids
     close(stream.mean(), stored.mean())
+    for mine, other in zip(stream.moments()[1:], stored.moments()[1:], strict=True):
+        close(mine, other)
     assert stream.provenance == features.provenance
     assert stream_of(extractor, images).held_out() is None
 
@@ -100,6 +103,21 @@ def test_timesteps_of_the_rows(extractor, images):
             assert (by_timestep[t][image] - row).abs().amax(1).min() < 1e-5
             seen.add((image, t))
     assert len(seen) == 24
+
+
+def test_held_out_images_have_their_rows_at_all_timesteps(extractor, image_folder, tmp_path):
+    features = extractor.extract(image_folder, tmp_path, progress=False).select(LAYER, (100, 25))
+    stream = stream_of(extractor, image_folder, (100, 25), hold_out=3, seed=7)
+    left, train_and_held = stream.held_out(), hold_out_images(features, 3, seed=7)
+    close(left[:], features[train_and_held[1]])
+    for name in ("timesteps", "labels", "positions"):
+        assert torch.equal(getattr(left, name), getattr(features, name)[train_and_held[1]]), name
+    assert (left.num_images, left.class_names, left.provenance) == (3, features.class_names, features.provenance)
+    assert not set(stream.images.tolist()) & set(features.image_index[train_and_held[1]].tolist())
+    stored = ShuffledBatches(features, 4, rows=train_and_held[0]).moments()
+    assert stream.moments().timesteps == stored.timesteps == (100, 25)
+    for mine, other in zip(stream.moments()[1:], stored[1:], strict=True):
+        close(mine, other)
 
 
 def test_any_step_at_once(tokens_extractor, images):

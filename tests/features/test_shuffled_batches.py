@@ -141,11 +141,15 @@ def test_only_the_given_rows(features, sizes):
     seen = torch.cat([numbers(batches.batch(step)) for step in range(per_epoch)])
     assert len(set(seen.tolist())) == len(seen) == per_epoch * 16
     assert set(seen.tolist()) <= set(train.tolist())
-    assert torch.equal(batches.held_out(), features[held])
+    left = batches.held_out()
+    assert torch.equal(left[:], features[held])
+    assert left.image_ids == [features.image_ids[i] for i in features.image_index[held].unique().tolist()]
     assert torch.equal(batches.mean(), features[train].double().mean(0).float())
     everything = ShuffledBatches(features, 16, **sizes)
     assert everything.held_out() is None
     assert torch.equal(everything.mean(), features.mean())
+    part = ShuffledBatches(features, 16, rows=train[5:])
+    assert torch.equal(part.held_out()[:], features[held])  # whole images alone
 
 
 def test_in_one_buffer_it_is_the_uniform_permutation(features):
@@ -177,6 +181,27 @@ def test_timesteps_of_the_rows(store, sizes):
         seen += list(zip(numbers(batch).tolist(), timesteps.tolist(), strict=True))
     assert len(set(seen)) == len(seen) == 2 * ROWS
     assert ShuffledBatches(FeatureSet.from_tensor(torch.eye(9)), 2).timesteps_of(0) is None
+
+
+@pytest.mark.parametrize("timesteps", [25, (700, 25)], ids=str)
+def test_moments_of_each_timestep(store, sizes, timesteps):
+    features = store.select(LAYER, timesteps)
+    train, held = hold_out_images(features, 9, seed=0)
+    batches = ShuffledBatches(features, 16, rows=train, **sizes)
+    known, mean, std = batches.moments()
+    assert known == features.of_timesteps
+    for number, t in enumerate(known):
+        rows = features[train][features.timesteps[train] == t]
+        torch.testing.assert_close(mean[number], rows.mean(0))
+        torch.testing.assert_close(std[number], (rows - rows.mean(0)).pow(2).mean().sqrt())
+    left = batches.held_out()
+    assert torch.equal(left[:], features[held])
+    assert torch.equal(left.timesteps, features.timesteps[held])
+    assert left.num_images == 9
+    plain = ShuffledBatches(FeatureSet.from_tensor(torch.eye(4)), 2).moments()
+    assert plain.timesteps == ()
+    assert plain.mean.tolist() == [[0.25] * 4]
+    assert plain.std.item() == pytest.approx(0.75**0.5 / 2)
 
 
 @pytest.mark.parametrize("world", [1, 2])

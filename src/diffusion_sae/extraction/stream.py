@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 
 from .._config import check, check_integer
 from .._files import fingerprint_of
-from ..features import Shard
+from ..features import FeatureSet, Shard
 from ..features.beginning import DataRecord
 from ..features.buffered import NUMBERS_BYTES, BufferedBatches
+from ..features.moments import Moments, moments_of
 from ..features.order import BlockOrder, Group, held_out_images
 from ..features.shuffle import BUFFER_BYTES
 from ..provenance import Provenance
@@ -120,9 +121,11 @@ class OnTheFlyFeatures(BufferedBatches):
 
     def timesteps_of(self, step: int, rank: int = 0, world: int = 1) -> Int[Tensor, " b"]:
         """See `FeatureSource.timesteps_of`."""
+        return self._timesteps(self.order.rows_of(step, rank, world))
+
+    def _timesteps(self, rows: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         timesteps = torch.tensor(self.provenance.timesteps)
-        of_image = self.order.rows_of(step, rank, world) % self.rows_per_image
-        return timesteps[of_image // (self.rows_per_image // len(timesteps))]
+        return timesteps[rows % self.rows_per_image // (self.rows_per_image // len(timesteps))]
 
     def images_of(self, step: int, rank: int = 0, world: int = 1) -> Int[Tensor, " b"]:
         """Which image of the data set each row of that batch is of."""
@@ -132,11 +135,29 @@ class OnTheFlyFeatures(BufferedBatches):
         """Of the first buffer, accumulated in fp64; of all rows, if they fit into one."""
         return self._buffer(Group(0, 0), 0, 1).content.double().mean(0).float()
 
-    def held_out(self) -> Float[Tensor, "n d_in"] | None:
-        """Features of the images that are held out, extracted anew at every call."""
+    def moments(self) -> Moments:
+        """Of the rows of `mean`."""
+        buffer = self._buffer(Group(0, 0), 0, 1)
+        parts = zip(buffer.content.split(8192), self._timesteps(buffer.rows).split(8192), strict=True)
+        return moments_of(parts, self.provenance.timesteps, self.d_in)
+
+    def held_out(self) -> FeatureSet | None:
+        """Of the images that `hold_out` has chosen; extracted anew at every call."""
         if not len(self._held):
             return None
-        return torch.cat([features.flatten(0, 1).float() for features in self._computed(self._held)])
+        reading, timesteps = self._reading, self.provenance.timesteps
+        rows = torch.cat(list(self._computed(self._held))).float()  # (n, timesteps · T, C)
+        by_timestep = rows.unflatten(1, (len(timesteps), -1)).transpose(0, 1)
+        labels = [reading.source.labels[i] for i in self._held.tolist()]
+        return FeatureSet(
+            [by_timestep.flatten(0, 2)],
+            rows_per_image=self.rows_per_image,
+            labels=None if None in labels else torch.tensor(labels),
+            image_ids=[reading.load(i).id for i in self._held.tolist()],
+            class_names=reading.source.class_names,
+            provenance=self.provenance,
+            timesteps=timesteps,
+        )
 
     def fingerprint(self) -> str:
         """See `FeatureSource.fingerprint`; decodes a few images."""

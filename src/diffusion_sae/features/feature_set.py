@@ -64,7 +64,8 @@ class FeatureSet:
         self.rows_per_image = rows_per_image
         """Over all positions and timesteps of an image."""
         self.num_images = len(self) // rows_per_image
-        self._of_timesteps = tuple(timesteps)
+        self.of_timesteps = tuple(timesteps)
+        """In the order of the rows; empty where they are not known."""
         for name, values in (("labels", labels), ("image_ids", image_ids)):
             if values is not None and len(values) != self.num_images:
                 raise ValueError(
@@ -86,7 +87,7 @@ class FeatureSet:
         return int(self._starts[-1])
 
     def __repr__(self) -> str:
-        several = f", t={self._of_timesteps}" if len(self._of_timesteps) > 1 else ""
+        several = f", t={self.of_timesteps}" if len(self.of_timesteps) > 1 else ""
         return f"FeatureSet({len(self)} rows of {tuple(self.row_shape)}, {self.num_images} images{several})"
 
     @property
@@ -185,7 +186,7 @@ class FeatureSet:
     @property
     def num_timesteps(self) -> int:
         """1 also where it is not known which."""
-        return max(1, len(self._of_timesteps))
+        return max(1, len(self.of_timesteps))
 
     @property
     def rows_per_timestep(self) -> int:
@@ -210,12 +211,12 @@ class FeatureSet:
     @property
     def timesteps(self) -> Int[Tensor, " N"] | None:
         """Timestep of each row; None for plain tensors, of which it is not known."""
-        known = self._of_timesteps
+        known = self.of_timesteps
         return torch.tensor(known).repeat_interleave(self.rows_per_timestep) if known else None
 
     def timesteps_of(self, rows: Int[Tensor, " n"]) -> Int[Tensor, " n"] | None:
         """`timesteps[rows]`, without the timesteps of all rows."""
-        return torch.tensor(self._of_timesteps)[rows // self.rows_per_timestep] if self._of_timesteps else None
+        return torch.tensor(self.of_timesteps)[rows // self.rows_per_timestep] if self.of_timesteps else None
 
     @property
     def labels(self) -> Int[Tensor, " N"] | None:
@@ -232,6 +233,20 @@ class FeatureSet:
                 for start in range(0, len(self), self.rows_per_timestep)
             ]
             yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def of_images(self, images: Int[Tensor, " n"]) -> Self:
+        """All rows of some of the images, read into memory."""
+        at_once, starts = torch.arange(self.positions_per_image), torch.arange(0, len(self), self.rows_per_timestep)
+        rows = starts[:, None, None] + images[None, :, None] * self.positions_per_image + at_once
+        return type(self)(
+            [self[rows.flatten()]],
+            rows_per_image=self.rows_per_image,
+            labels=None if self.image_labels is None else self.image_labels[images],
+            image_ids=None if self.image_ids is None else [self.image_ids[i] for i in images.tolist()],
+            class_names=self.class_names,
+            provenance=self.provenance,
+            timesteps=self.of_timesteps,
+        )
 
     def mean(self) -> Float[Tensor, " d_in"]:
         """Mean row, accumulated in fp64."""

@@ -1,6 +1,7 @@
 """Shuffled batches of a FeatureSet, also of one larger than the memory."""
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +12,7 @@ from .._files import fingerprint_of
 from ..provenance import Provenance
 from .buffered import NUMBERS_BYTES, BufferedBatches
 from .feature_set import FeatureSet
+from .moments import Moments, moments_of
 from .order import BlockOrder
 
 BUFFER_BYTES = 2**30
@@ -103,17 +105,27 @@ class ShuffledBatches(BufferedBatches):
         if self.rows is None:
             return self.features.mean()
         total = torch.zeros(self.d_in, dtype=torch.float64)
-        for rows in self.rows.split(8192):
+        for rows in self._in_order():
             total += self.features[rows].double().sum(0)
         return (total / len(self)).float()
 
-    def held_out(self) -> Float[Tensor, "n d_in"] | None:
-        """The rows that are not among `rows`."""
-        if self.rows is None or len(self.rows) == len(self.features):
-            return None
-        left = torch.ones(len(self.features), dtype=torch.bool)
-        left[self.rows] = False
-        return self.features[left]
+    def moments(self) -> Moments:
+        """Of the rows of `mean`."""
+        parts = ((self.features[rows], self.features.timesteps_of(rows)) for rows in self._in_order())
+        return moments_of(parts, self.features.of_timesteps, self.d_in)
+
+    def _in_order(self) -> Iterator[Int[Tensor, " n"]]:
+        """Numbers of all rows that are served, some at a time."""
+        for first in range(0, len(self), 8192):
+            yield self._numbers(torch.arange(first, min(first + 8192, len(self))))
+
+    def held_out(self) -> FeatureSet | None:
+        """See `FeatureSource.held_out`."""
+        features = self.features
+        held = torch.ones(features.num_images, dtype=torch.bool)
+        if self.rows is not None:
+            held[self.rows % features.rows_per_timestep // features.positions_per_image] = False
+        return features.of_images(torch.nonzero(held).flatten()) if self.rows is not None and held.any() else None
 
     def fingerprint(self) -> str:
         """See `FeatureSource.fingerprint`."""

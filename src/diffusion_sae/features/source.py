@@ -6,6 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..provenance import Provenance
+from .feature_set import FeatureSet
+from .moments import Moments
 
 
 @runtime_checkable
@@ -50,8 +52,12 @@ class FeatureSource(Protocol):
         """Mean of the rows, or of so many of them as the source can give at once; the same at every call."""
         ...
 
-    def held_out(self) -> Float[Tensor, "n d_in"] | None:
-        """The rows that no batch holds, to evaluate on; None if there are none."""
+    def moments(self) -> Moments:
+        """Mean and spread of the rows that `mean` is of, of each timestep its own."""
+        ...
+
+    def held_out(self) -> FeatureSet | None:
+        """All rows of the images that no batch has a row of, in memory, to evaluate on; None if there are none."""
         ...
 
     def fingerprint(self) -> str:
