@@ -25,6 +25,7 @@ from .sparse import Encode, SparseGradients, encode_top_k
 
 def batch_top_k(
     features: Float[Tensor, "N d_in"],
+    bias: Float[Tensor, "*N d_in"],
     W_enc: Float[Tensor, "n d_in"],
     b_enc: Float[Tensor, " n"],
     k: int,
@@ -38,13 +39,13 @@ def batch_top_k(
     offered = min(latents, 2 * k)
     while True:
         with torch.no_grad():
-            values, _ = encode_top_k(features, W_enc, b_enc, offered)
+            values, _ = encode_top_k(features - bias, W_enc, b_enc, offered)
             floor = values.flatten().topk(min(rows * k, values.numel()), sorted=False).values.amin()
         if offered == latents or not bool((values.amin(1) >= floor).any()):
             break
         offered = min(latents, 2 * offered)
     most = max(1, int(((values >= floor) & (values > 0)).sum(1).max()))
-    values, indices = Encode.apply(features, W_enc, b_enc, partial(encode_top_k, k=most), None, collect)  # type: ignore[misc]
+    values, indices = Encode.apply(features, bias, W_enc, b_enc, partial(encode_top_k, k=most), None, collect)  # type: ignore[misc]
     return torch.where((values >= floor) & (values > 0), values, 0.0), indices
 
 

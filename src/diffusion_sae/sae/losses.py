@@ -4,16 +4,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .sparse import NormalizedMSE
+
 
 def normalized_mse(reconstruction: Tensor, target: Tensor) -> Float[Tensor, ""]:
     """mean over rows of ‖x̂ − x‖² / ‖x‖² (Gao et al. 2024, §2.1; the loss of Revelio)."""
-    error = (reconstruction - target).pow(2).sum(-1)
-    return (error / target.pow(2).sum(-1).clamp_min(torch.finfo(target.dtype).tiny)).mean()
+    return NormalizedMSE.apply(reconstruction, target)[0]  # type: ignore[index]
 
 
 def fraction_of_variance_unexplained(reconstruction: Tensor, target: Tensor) -> Float[Tensor, ""]:
     """Σ‖x − x̂‖² / Σ‖x − x̄‖², with x̄ the mean row; 0 is perfect, 1 is as good as the mean."""
-    return (target - reconstruction).pow(2).sum() / (target - target.mean(0)).pow(2).sum()
+    return (target - reconstruction).pow(2).sum() / total_variance(target)
+
+
+def total_variance(target: Tensor) -> Float[Tensor, ""]:
+    """Σ‖x − x̄‖² over the rows."""
+    return torch.linalg.vector_norm(target - target.mean(0)).square()
 
 
 def auxk_loss(estimate: Tensor, residual: Tensor) -> Float[Tensor, ""]:

@@ -17,23 +17,39 @@ from ..provenance import require_same_provenance
 from .activations import JumpReLU, Step, batch_top_k
 from .code import KSparseAutoencoderOutput, SparseCode
 from .configuration import TOP_K, KSparseAutoencoderConfig
-from .losses import auxk_loss, fraction_of_variance_unexplained, l0_penalty, l1_penalty, normalized_mse
-from .sparse import DecodeRows, Encode, SparseGradients, encode_above, encode_top_k, pad_rows
+from .losses import auxk_loss, l0_penalty, l1_penalty, normalized_mse, total_variance
+from .sparse import (
+    Choose,
+    DecodeRows,
+    Encode,
+    NormalizedMSE,
+    SparseGradients,
+    encode_above,
+    encode_top_k,
+    pad_rows,
+)
 
 Timesteps = int | Int[Tensor, " N"] | None
 INITIAL_THRESHOLD = 0.001  # of a JumpReLU (Rajamanoharan et al. 2024, §5), for rows of about unit length
 
 
 class _Rows(NamedTuple):
-    """Rows as the encoder sees them, and the way back: x = shift + scale · (inner + bias)."""
+    """Rows as the encoder sees them, before b_dec is taken off, and the way back."""
 
-    inner: Float[Tensor, "N d_in"]
+    normalised: Float[Tensor, "N d_in"]
+    """(x − shift) / scale."""
     bias: Float[Tensor, "*N d_in"]
-    shift: Tensor | float
-    scale: Tensor | float
+    """b_dec of each row, or of all."""
+    shift: Tensor | None
+    scale: Tensor | None
+
+    def scaled(self, decoded: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
+        return decoded if self.scale is None else self.scale * decoded
 
     def back(self, decoded: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
-        return self.shift + self.scale * (decoded + self.bias)
+        """shift + scale · (decoded + bias)."""
+        scaled = self.scaled(decoded + self.bias)
+        return scaled if self.shift is None else self.shift + scaled
 
 
 class KSparseAutoencoder(ArtifactModel):
@@ -103,7 +119,8 @@ class KSparseAutoencoder(ArtifactModel):
                 f"features must have the shape (N, d_in) = (N, {self.config.d_in}), got {tuple(features.shape)}. "
                 "For token or image-shaped activations put positions into the rows first."
             )
-        if not torch.isfinite(features).all():
+        # a sum is a third of the time of looking at each; if it overflows, they are looked at
+        if not bool(torch.isfinite(features.sum())) and not bool(torch.isfinite(features).all()):
             raise ValueError("features hold NaN or infinite values; extract them again or remove these rows.")
         return features.to(self.dtype)
 
@@ -128,25 +145,37 @@ class KSparseAutoencoder(ArtifactModel):
     def _rows(self, features: Tensor, timesteps: Timesteps = None) -> _Rows:
         features = self._checked(features)
         index = self._timestep_index(timesteps, len(features))
-        shift: Tensor | float = 0.0
-        scale: Tensor | float = 1.0
+        shift = scale = None
         if self.config.input_norm == "layer_norm":
             shift = features.mean(1, keepdim=True)
             scale = (features - shift).pow(2).mean(1, keepdim=True).sqrt() + 1e-5
         bias = self.b_dec if index is None else self.b_dec[index]
         if index is not None:
-            scale = scale * self.timestep_scale[index, None]
-        normalised = features if isinstance(scale, float) else (features - shift) / scale
-        return _Rows(normalised - bias, bias, shift, scale)
+            of_timestep = self.timestep_scale[index, None]
+            scale = of_timestep if scale is None else scale * of_timestep
+        centered = features if shift is None else features - shift
+        return _Rows(centered if scale is None else centered / scale, bias, shift, scale)
 
     def pre_acts(self, features: Float[Tensor, "N d_in"], timesteps: Timesteps = None) -> Float[Tensor, "N num_latents"]:
         """W_encᵀ (x − b_dec) + b_enc, dense: for a look at few rows."""
-        return torch.addmm(self.b_enc, self._rows(features, timesteps).inner, self.W_enc)
+        return self._dense_pre_acts(self._rows(features, timesteps))
 
-    def _chosen(self, inner: Tensor, *, k: int | None = None, subset: Tensor | None = None) -> SparseCode:
+    def _dense_pre_acts(self, rows: _Rows) -> Float[Tensor, "N num_latents"]:
+        return torch.addmm(self.b_enc, rows.normalised - rows.bias, self.W_enc)
+
+    def _encoded(self, rows: _Rows, choose: Choose, subset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return Encode.apply(  # type: ignore[return-value]
+            rows.normalised, rows.bias, self.W_enc.T, self.b_enc, choose, subset, self._collect
+        )
+
+    def _above_threshold(self, rows: _Rows) -> SparseCode:
+        acts, indices = self._encoded(rows, partial(encode_above, threshold=self.activation_threshold()))
+        return SparseCode(F.relu(acts), indices)
+
+    def _chosen(self, rows: _Rows, *, k: int | None = None, subset: Tensor | None = None) -> SparseCode:
         """TopK of the pre-activations in no order, ReLU applied as the config says."""
         choose = partial(encode_top_k, k=self.config.k if k is None else k)
-        values, indices = Encode.apply(inner, self.W_enc.T, self.b_enc, choose, subset, self._collect)  # type: ignore[misc]
+        values, indices = self._encoded(rows, choose, subset)
         return SparseCode(values if self.config.activation == "signed_topk" else F.relu(values), indices)
 
     def encode(self, features: Float[Tensor, "N d_in"], timesteps: Timesteps = None) -> SparseCode:
@@ -159,13 +188,8 @@ class KSparseAutoencoder(ArtifactModel):
         Raises:
             ValueError: for another width, NaN or infinity, or timesteps that the SAE does not know.
         """
-        inner = self._rows(features, timesteps).inner
-        if self.config.activation in TOP_K:
-            acts, indices = self._chosen(inner)
-        else:
-            choose = partial(encode_above, threshold=self.activation_threshold())
-            acts, indices = Encode.apply(inner, self.W_enc.T, self.b_enc, choose, None, self._collect)  # type: ignore[misc]
-            acts = F.relu(acts)
+        rows = self._rows(features, timesteps)
+        acts, indices = self._chosen(rows) if self.config.activation in TOP_K else self._above_threshold(rows)
         acts, order = acts.sort(dim=1, descending=True, stable=True)
         return SparseCode(acts, indices.gather(1, order))
 
@@ -231,48 +255,46 @@ class KSparseAutoencoder(ArtifactModel):
         target = features.to(self.dtype)
         sparsity = target.new_zeros(())
         if self.config.activation in ("relu", "jumprelu"):
-            code, decoded, sparsity = self._dense_pass(rows.inner, target)
+            code, decoded, sparsity = self._dense_pass(rows, target)
             reconstruction = rows.back(decoded)
-            loss = normalized_mse(reconstruction, target)
+            loss, error = NormalizedMSE.apply(reconstruction, target)  # type: ignore[misc]
         else:
             more = None
             if multi_topk_alpha:  # one product for both: the k largest are among the 4 k largest
-                more = self._chosen(rows.inner, k=min(4 * (k or self.config.k), self.config.num_latents))
-            code = self._training_code(rows.inner, k, more)
-            reconstruction, loss = self._nested(rows, code, target)
+                more = self._chosen(rows, k=min(4 * (k or self.config.k), self.config.num_latents))
+            code = self._training_code(rows, k, more)
+            reconstruction, loss, error = self._nested(rows, code, target)
             if more is not None:
                 loss = loss + multi_topk_alpha * normalized_mse(rows.back(self._decoded(more)), target)
         aux = target.new_zeros(())
         if auxk and dead_latents is not None and bool(dead_latents.any()):
             dead = torch.nonzero(dead_latents).flatten()
-            estimate = self._decoded(self._chosen(rows.inner, k=min(auxk, len(dead)), subset=dead))
-            aux = auxk_loss(rows.scale * estimate, target - reconstruction)
+            estimate = self._decoded(self._chosen(rows, k=min(auxk, len(dead)), subset=dead))
+            aux = auxk_loss(rows.scaled(estimate), target - reconstruction)
         return KSparseAutoencoderOutput(
             loss=loss + auxk_alpha * aux + sparsity_coefficient * sparsity,
             reconstruction=reconstruction,
             top_acts=code.top_acts,
             top_indices=code.top_indices,
-            fvu=fraction_of_variance_unexplained(reconstruction.detach(), target),
+            fvu=error / total_variance(target),
             auxk_loss=aux.detach(),
             sparsity_loss=sparsity.detach(),
         )
 
-    def _training_code(self, inner: Tensor, k: int | None, more: SparseCode | None) -> SparseCode:
+    def _training_code(self, rows: _Rows, k: int | None, more: SparseCode | None) -> SparseCode:
         if self.config.activation in TOP_K and more is not None:
             best = more.top_acts.detach().topk(k or self.config.k, dim=1, sorted=False).indices
             return SparseCode(more.top_acts.gather(1, best), more.top_indices.gather(1, best))
         if self.config.activation in TOP_K:
-            return self._chosen(inner, k=k)
+            return self._chosen(rows, k=k)
         if not self.training:
-            choose = partial(encode_above, threshold=self.activation_threshold())
-            acts, indices = Encode.apply(inner, self.W_enc.T, self.b_enc, choose, None, self._collect)  # type: ignore[misc]
-            return SparseCode(F.relu(acts), indices)
-        return SparseCode(*batch_top_k(inner, self.W_enc.T, self.b_enc, k or self.config.k, self._collect))
+            return self._above_threshold(rows)
+        return SparseCode(*batch_top_k(rows.normalised, rows.bias, self.W_enc.T, self.b_enc, k or self.config.k, self._collect))
 
-    def _nested(self, rows: _Rows, code: SparseCode, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruction by all latents, and the loss: with nested dictionaries the mean of theirs."""
+    def _nested(self, rows: _Rows, code: SparseCode, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction by all latents, the loss (with nested dictionaries the mean of theirs), and Σ‖x̂ − x‖²."""
         sizes = self.config.matryoshka_sizes or [self.config.num_latents]
-        decoded, losses, low = torch.zeros_like(target), [], 0
+        decoded, error, losses, low = target, target, [], 0
         for high in sizes:
             own = code
             if len(sizes) > 1:
@@ -280,13 +302,15 @@ class KSparseAutoencoder(ArtifactModel):
                 own = SparseCode(code.top_acts * inside, code.top_indices)
             part = self._decoded(own)
             decoded = part if low == 0 else decoded + part
-            losses.append(normalized_mse(rows.back(decoded), target))
+            reconstruction = rows.back(decoded)
+            loss, error = NormalizedMSE.apply(reconstruction, target)  # type: ignore[misc]
+            losses.append(loss)
             low = high
-        return rows.back(decoded), torch.stack(losses).mean() if len(losses) > 1 else losses[0]
+        return reconstruction, torch.stack(losses).mean() if len(losses) > 1 else losses[0], error
 
-    def _dense_pass(self, inner: Tensor, target: Tensor) -> tuple[SparseCode, Tensor, Tensor]:
+    def _dense_pass(self, rows: _Rows, target: Tensor) -> tuple[SparseCode, Tensor, Tensor]:
         """`relu` and `jumprelu`, in whose training any number of latents is active: code, decoded rows, penalty."""
-        pre_acts = torch.addmm(self.b_enc, inner, self.W_enc)
+        pre_acts = self._dense_pre_acts(rows)
         if self.config.activation == "relu":
             latent_acts = F.relu(pre_acts)
             sparsity = l1_penalty(latent_acts, self.W_dec.norm(dim=1), target)
@@ -295,7 +319,7 @@ class KSparseAutoencoder(ArtifactModel):
             latent_acts = JumpReLU.apply(F.relu(pre_acts), threshold, width)
             sparsity = l0_penalty(Step.apply(F.relu(pre_acts), threshold, width), self.config.k)  # type: ignore[arg-type]
         row, column = torch.nonzero(latent_acts.detach(), as_tuple=True)  # type: ignore[union-attr]
-        acts, indices = pad_rows(row, len(inner), latent_acts.detach()[row, column], column)  # type: ignore[union-attr]
+        acts, indices = pad_rows(row, len(target), latent_acts.detach()[row, column], column)  # type: ignore[union-attr]
         return SparseCode(F.relu(acts), indices), latent_acts @ self.W_dec, sparsity  # type: ignore[operator]
 
     @torch.no_grad()
