@@ -1,0 +1,41 @@
+"""SAELens: `SAETrainer.step` on its `TopKTrainingSAE`, with the settings that it has by default."""
+
+from collections.abc import Callable
+
+import torch
+from contenders import LEARNING_RATE, Shape
+from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from torch import Tensor
+
+DISTRIBUTION = "sae-lens"
+COMPRISES = (
+    "SAETrainer.step: dense codes scaled by decoder norms (instead of renormalising), MSE, firing statistics, "
+    "backward, gradients clipped to norm 1, torch Adam, scheduler; no latent counts as dead, so no AuxK"
+)
+
+
+def build(shape: Shape, device: torch.device, *, sparse: bool = False) -> Callable[[Tensor], float]:
+    config = TopKTrainingSAEConfig(
+        d_in=shape.d_in,
+        d_sae=shape.num_latents,
+        k=shape.k,
+        device=str(device),
+        use_sparse_activations=sparse,
+        rescale_acts_by_decoder_norm=not sparse,
+    )
+    trainer_config = SAETrainerConfig(
+        total_training_samples=10**6 * shape.rows,
+        train_batch_size_samples=shape.rows,
+        lr=LEARNING_RATE,
+        lr_end=LEARNING_RATE / 10,  # the runner's default; a constant schedule ignores it
+        device=str(device),
+    )
+    trainer = SAETrainer(trainer_config, TopKTrainingSAE(config), data_provider=iter(()))
+
+    def step(batch: Tensor) -> float:
+        loss = trainer.step(batch).loss.item()
+        trainer.n_training_steps += 1
+        return loss
+
+    return step
