@@ -48,7 +48,7 @@ def test_command_line_block_runs(tmp_path: Path) -> None:
     assert (tmp_path / "runs/cli/sae.html").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("model", ["tiny-sd"])
+@pytest.mark.parametrize("model", ["tiny-sd", "tiny-dit"])
 def test_evidence_table_is_the_committed_result(model: str) -> None:
     results = json.loads((ROOT / f"docs/results/evidence-{model}.json").read_text())["results"]
     (row,) = [line for line in README.splitlines() if line.startswith(f"| {model} ")]
