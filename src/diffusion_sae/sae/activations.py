@@ -5,12 +5,13 @@
 | `topk` | ReLU(TopK_k(p)) | Gao et al. 2024 (arXiv 2406.04093), §2.3 |
 | `relu_topk` | TopK_k(ReLU(p)) | sparsify; the same z as `topk`, but latents at 0 are told apart from unchosen ones |
 | `signed_topk` | TopK_k(p), signs kept | Revelio (arXiv 2411.16725), §3.2, as published |
-| `batchtopk` | training: ReLU(p) where it is among the B·k largest of a batch of B rows; later p where p > θ | Bussmann et al. 2024 (arXiv 2412.06410), §3 |
+| `batchtopk` | ReLU(p) among the B·k largest of B rows; later p > θ | Bussmann et al. 2024 (arXiv 2412.06410), §3 |
 | `jumprelu` | p_i where p_i > θ_i, θ learned | Rajamanoharan et al. 2024 (arXiv 2407.14435), §3 |
 | `relu` | ReLU(p), with an L1 penalty on z | Bricken et al. 2023, Towards Monosemanticity |
 
-θ of `batchtopk` is a moving average of the smallest latent that was kept in a training batch, so that a row's latents do
-not depend on the other rows. TopK takes the largest values, not the largest magnitudes.
+`batchtopk` chooses so in training alone. Its θ is a moving average of the smallest latent that was kept in a training
+batch, so that a row's latents do not depend on the other rows. TopK takes the largest values, not the largest
+magnitudes.
 """
 
 from functools import partial

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.utils import ModelOutput
+
+from .sparse import pad_rows
 
 
 class SparseCode(NamedTuple):
@@ -15,6 +18,13 @@ class SparseCode(NamedTuple):
     """Activations, largest first; ≥ 0 but for `signed_topk`. Free places of a row hold 0."""
     top_indices: Int[Tensor, "N k"]
     """Which latents they are; 0 in free places. k is the config's, or with a threshold the most of any row."""
+
+    @classmethod
+    def of_dense(cls, latent_acts: Float[Tensor, "N num_latents"]) -> "SparseCode":
+        """What of non-negative latents is not 0, in order of the latents."""
+        row, column = torch.nonzero(latent_acts, as_tuple=True)
+        acts, indices = pad_rows(row, len(latent_acts), latent_acts[row, column], column)
+        return cls(acts.clamp_min(0), indices)
 
     def to_dense(self, num_latents: int) -> Float[Tensor, "N num_latents"]:
         """`latent_acts`, zero where a latent is not active."""

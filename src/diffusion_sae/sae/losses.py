@@ -37,5 +37,5 @@ def l1_penalty(latent_acts: Tensor, decoder_norms: Tensor, target: Tensor) -> Fl
 
 
 def l0_penalty(active: Tensor, k: int) -> Float[Tensor, ""]:
-    """(L0 / k − 1)², L0 the mean number of active latents (Rajamanoharan et al. 2024, §A: a given sparsity as the aim)."""
+    """(L0 / k − 1)², L0 the mean number of active latents: k as the aim (Rajamanoharan et al. 2024, §A)."""
     return (active.sum(-1).mean() / k - 1).pow(2)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,41 +15,15 @@ from ..features import FeatureSet
 from ..hub.artifact import ArtifactModel
 from ..provenance import require_same_provenance
 from .activations import JumpReLU, Step, batch_top_k
+from .card import card_text
 from .code import KSparseAutoencoderOutput, SparseCode
 from .configuration import TOP_K, KSparseAutoencoderConfig
+from .initialisation import initial_weights
 from .losses import auxk_loss, l0_penalty, l1_penalty, normalized_mse, total_variance
-from .sparse import (
-    Choose,
-    DecodeRows,
-    Encode,
-    NormalizedMSE,
-    SparseGradients,
-    encode_above,
-    encode_top_k,
-    pad_rows,
-)
+from .rows import Rows, Timesteps, checked_features, timestep_index
+from .sparse import Choose, DecodeRows, Encode, NormalizedMSE, SparseGradients, encode_above, encode_top_k
 
-Timesteps = int | Int[Tensor, " N"] | None
 INITIAL_THRESHOLD = 0.001  # of a JumpReLU (Rajamanoharan et al. 2024, §5), for rows of about unit length
-
-
-class _Rows(NamedTuple):
-    """Rows as the encoder sees them, before b_dec is taken off, and the way back."""
-
-    normalised: Float[Tensor, "N d_in"]
-    """(x − shift) / scale."""
-    bias: Float[Tensor, "*N d_in"]
-    """b_dec of each row, or of all."""
-    shift: Tensor | None
-    scale: Tensor | None
-
-    def scaled(self, decoded: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
-        return decoded if self.scale is None else self.scale * decoded
-
-    def back(self, decoded: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
-        """shift + scale · (decoded + bias)."""
-        scaled = self.scaled(decoded + self.bias)
-        return scaled if self.shift is None else self.shift + scaled
 
 
 class KSparseAutoencoder(ArtifactModel):
@@ -57,9 +31,9 @@ class KSparseAutoencoder(ArtifactModel):
 
         z = act(W_encᵀ (x − b_dec) + b_enc),    x̂ = W_decᵀ z + b_dec
 
-    with features x (d_in), `W_enc` (d_in, num_latents), `W_dec` (num_latents, d_in), whose rows have unit norm when they
-    are trained: a row is the direction that its latent writes. `act` is ReLU(TopK(·)) or what `config.activation` names
-    (see `activations`); most of z is 0, and nothing behind the encoder's product touches more than the active latents.
+    with features x (d_in), `W_enc` (d_in, num_latents), `W_dec` (num_latents, d_in), whose rows have unit norm when
+    they are trained: a row is the direction that its latent writes. `act` is ReLU(TopK(·)) or what `config.activation`
+    names (see `activations`); most of z is 0, and all that follows the encoder's product touches the rest alone.
 
     With `config.input_norm` or `config.timesteps` x stands for (x − shift) / scale, and x̂ for shift + scale · x̂: the
     row's mean and standard deviation, or 0 and the timestep's scale, which then has a `b_dec` of its own as well.
@@ -69,6 +43,10 @@ class KSparseAutoencoder(ArtifactModel):
     config: Any
     base_model_prefix = "sae"
     main_input_name = "features"
+    threshold: Tensor
+    """() θ of `batchtopk`, 0 before training."""
+    timestep_scale: Tensor
+    """(timesteps,) what the rows of each are divided by."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -99,80 +77,41 @@ class KSparseAutoencoder(ArtifactModel):
     def _init_weights(self, module: nn.Module) -> None:
         if module is not self or self.W_dec.is_meta:
             return
-        generator = torch.Generator().manual_seed(self.config.init_seed)
-        W_dec = torch.randn(self.config.num_latents, self.config.d_in, generator=generator)
-        W_dec /= W_dec.norm(dim=1, keepdim=True)
-        if self.config.encoder_init == "tied":
-            W_enc = W_dec.T
-        else:  # He et al. 2015 for a layer of d_in inputs, uniform
-            bound = math.sqrt(6 / self.config.d_in)
-            W_enc = (torch.rand(self.config.d_in, self.config.num_latents, generator=generator) * 2 - 1) * bound
+        W_enc, W_dec = initial_weights(self.config)
         for name, value in (("W_dec", W_dec), ("W_enc", W_enc)):
             nn.Parameter.copy_(getattr(self, name), value)
         self.b_enc.zero_()
         self.b_dec.zero_()
 
-    def _checked(self, features: Tensor) -> Float[Tensor, "N d_in"]:
-        """The features in the SAE's floating-point type, if they are of its width and finite."""
-        if features.ndim != 2 or features.shape[1] != self.config.d_in:
-            raise ValueError(
-                f"features must have the shape (N, d_in) = (N, {self.config.d_in}), got {tuple(features.shape)}. "
-                "For token or image-shaped activations put positions into the rows first."
-            )
-        # a sum is a third of the time of looking at each; if it overflows, they are looked at
-        if not bool(torch.isfinite(features.sum())) and not bool(torch.isfinite(features).all()):
-            raise ValueError("features hold NaN or infinite values; extract them again or remove these rows.")
-        return features.to(self.dtype)
-
     def _timestep_index(self, timesteps: Timesteps, rows: int) -> Int[Tensor, " N"] | None:
-        known = self.config.timesteps
-        if known is None:
-            if timesteps is not None:
-                raise ValueError(
-                    "timesteps were given, but this SAE has none: leave them out, or set config.timesteps."
-                )
-            return None
-        if timesteps is None:
-            raise ValueError(f"This SAE is for several timesteps: give timesteps=, each one of {known}.")
-        given = torch.as_tensor(timesteps, device=self.b_dec.device).expand(rows)
-        index = torch.searchsorted(torch.tensor(known, device=given.device), given.contiguous())
-        index = index.clamp_max(len(known) - 1)
-        unknown = torch.tensor(known, device=given.device)[index] != given
-        if bool(unknown.any()):
-            raise ValueError(f"timesteps must be among {known}, got {sorted(set(given[unknown].tolist()))[:5]}.")
-        return index
+        return timestep_index(timesteps, rows, self.config.timesteps, self.b_dec.device)
 
-    def _rows(self, features: Tensor, timesteps: Timesteps = None) -> _Rows:
-        features = self._checked(features)
+    def _rows(self, features: Tensor, timesteps: Timesteps = None) -> Rows:
+        features = checked_features(features, self.config.d_in).to(self.dtype)
         index = self._timestep_index(timesteps, len(features))
-        shift = scale = None
-        if self.config.input_norm == "layer_norm":
-            shift = features.mean(1, keepdim=True)
-            scale = (features - shift).pow(2).mean(1, keepdim=True).sqrt() + 1e-5
         bias = self.b_dec if index is None else self.b_dec[index]
-        if index is not None:
-            of_timestep = self.timestep_scale[index, None]
-            scale = of_timestep if scale is None else scale * of_timestep
-        centered = features if shift is None else features - shift
-        return _Rows(centered if scale is None else centered / scale, bias, shift, scale)
+        scale = None if index is None else self.timestep_scale[index, None]
+        return Rows.of(features, bias, scale, layer_norm=self.config.input_norm == "layer_norm")
 
-    def pre_acts(self, features: Float[Tensor, "N d_in"], timesteps: Timesteps = None) -> Float[Tensor, "N num_latents"]:
+    def pre_acts(
+        self, features: Float[Tensor, "N d_in"], timesteps: Timesteps = None
+    ) -> Float[Tensor, "N num_latents"]:
         """W_encᵀ (x − b_dec) + b_enc, dense: for a look at few rows."""
         return self._dense_pre_acts(self._rows(features, timesteps))
 
-    def _dense_pre_acts(self, rows: _Rows) -> Float[Tensor, "N num_latents"]:
+    def _dense_pre_acts(self, rows: Rows) -> Float[Tensor, "N num_latents"]:
         return torch.addmm(self.b_enc, rows.normalised - rows.bias, self.W_enc)
 
-    def _encoded(self, rows: _Rows, choose: Choose, subset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _encoded(self, rows: Rows, choose: Choose, subset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return Encode.apply(  # type: ignore[return-value]
             rows.normalised, rows.bias, self.W_enc.T, self.b_enc, choose, subset, self._collect
         )
 
-    def _above_threshold(self, rows: _Rows) -> SparseCode:
+    def _above_threshold(self, rows: Rows) -> SparseCode:
         acts, indices = self._encoded(rows, partial(encode_above, threshold=self.activation_threshold()))
         return SparseCode(F.relu(acts), indices)
 
-    def _chosen(self, rows: _Rows, *, k: int | None = None, subset: Tensor | None = None) -> SparseCode:
+    def _chosen(self, rows: Rows, *, k: int | None = None, subset: Tensor | None = None) -> SparseCode:
         """TopK of the pre-activations in no order, ReLU applied as the config says."""
         choose = partial(encode_top_k, k=self.config.k if k is None else k)
         values, indices = self._encoded(rows, choose, subset)
@@ -211,8 +150,9 @@ class KSparseAutoencoder(ArtifactModel):
                 "reconstruction is scaled back."
             )
         index = self._timestep_index(timesteps, len(code.top_acts))
-        decoded = self._decoded(code)
-        return decoded + self.b_dec if index is None else self.timestep_scale[index, None] * (decoded + self.b_dec[index])
+        if index is None:
+            return self._decoded(code) + self.b_dec
+        return self.timestep_scale[index, None] * (self._decoded(code) + self.b_dec[index])
 
     def _decoded(self, code: SparseCode) -> Float[Tensor, "N d_in"]:
         return DecodeRows.apply(code.top_acts, code.top_indices, self.W_dec, self._collect)  # type: ignore[misc]
@@ -247,8 +187,8 @@ class KSparseAutoencoder(ArtifactModel):
             auxk_alpha: weight of that loss (Gao et al. 2024, §A.2: 1/32).
             timesteps: of an SAE over several timesteps: each row's, or one for all.
             k: another k than the config's, while it is annealed.
-            multi_topk_alpha: weight of the loss with 4 k latents (Gao et al. 2024, §A.6, "Multi-TopK": 1/8), by which more
-                latents than k still help; TopK activations only.
+            multi_topk_alpha: weight of the loss with 4 k latents (Gao et al. 2024, §A.6, "Multi-TopK": 1/8), by which
+                more latents than k still help; TopK activations only.
             sparsity_coefficient: weight of the penalty of `relu` and `jumprelu`.
         """
         rows = self._rows(features, timesteps)
@@ -281,7 +221,7 @@ class KSparseAutoencoder(ArtifactModel):
             sparsity_loss=sparsity.detach(),
         )
 
-    def _training_code(self, rows: _Rows, k: int | None, more: SparseCode | None) -> SparseCode:
+    def _training_code(self, rows: Rows, k: int | None, more: SparseCode | None) -> SparseCode:
         if self.config.activation in TOP_K and more is not None:
             best = more.top_acts.detach().topk(k or self.config.k, dim=1, sorted=False).indices
             return SparseCode(more.top_acts.gather(1, best), more.top_indices.gather(1, best))
@@ -289,12 +229,14 @@ class KSparseAutoencoder(ArtifactModel):
             return self._chosen(rows, k=k)
         if not self.training:
             return self._above_threshold(rows)
-        return SparseCode(*batch_top_k(rows.normalised, rows.bias, self.W_enc.T, self.b_enc, k or self.config.k, self._collect))
+        weights = (self.W_enc.T, self.b_enc)
+        return SparseCode(*batch_top_k(rows.normalised, rows.bias, *weights, k or self.config.k, self._collect))
 
-    def _nested(self, rows: _Rows, code: SparseCode, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _nested(self, rows: Rows, code: SparseCode, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction by all latents, the loss (with nested dictionaries the mean of theirs), and Σ‖x̂ − x‖²."""
         sizes = self.config.matryoshka_sizes or [self.config.num_latents]
-        decoded, error, losses, low = target, target, [], 0
+        decoded = reconstruction = error = target
+        losses, low = [], 0
         for high in sizes:
             own = code
             if len(sizes) > 1:
@@ -306,21 +248,19 @@ class KSparseAutoencoder(ArtifactModel):
             loss, error = NormalizedMSE.apply(reconstruction, target)  # type: ignore[misc]
             losses.append(loss)
             low = high
-        return reconstruction, torch.stack(losses).mean() if len(losses) > 1 else losses[0], error
+        return reconstruction, torch.stack(losses).mean(), error
 
-    def _dense_pass(self, rows: _Rows, target: Tensor) -> tuple[SparseCode, Tensor, Tensor]:
+    def _dense_pass(self, rows: Rows, target: Tensor) -> tuple[SparseCode, Tensor, Tensor]:
         """`relu` and `jumprelu`, in whose training any number of latents is active: code, decoded rows, penalty."""
-        pre_acts = self._dense_pre_acts(rows)
+        pre_acts = F.relu(self._dense_pre_acts(rows))
         if self.config.activation == "relu":
-            latent_acts = F.relu(pre_acts)
+            latent_acts = pre_acts
             sparsity = l1_penalty(latent_acts, self.W_dec.norm(dim=1), target)
         else:
             threshold, width = self.log_threshold.exp(), self.config.jumprelu_bandwidth
-            latent_acts = JumpReLU.apply(F.relu(pre_acts), threshold, width)
-            sparsity = l0_penalty(Step.apply(F.relu(pre_acts), threshold, width), self.config.k)  # type: ignore[arg-type]
-        row, column = torch.nonzero(latent_acts.detach(), as_tuple=True)  # type: ignore[union-attr]
-        acts, indices = pad_rows(row, len(target), latent_acts.detach()[row, column], column)  # type: ignore[union-attr]
-        return SparseCode(F.relu(acts), indices), latent_acts @ self.W_dec, sparsity  # type: ignore[operator]
+            latent_acts: Tensor = JumpReLU.apply(pre_acts, threshold, width)  # type: ignore[assignment]
+            sparsity = l0_penalty(Step.apply(pre_acts, threshold, width), self.config.k)  # type: ignore[arg-type]
+        return SparseCode.of_dense(latent_acts.detach()), latent_acts @ self.W_dec, sparsity
 
     @torch.no_grad()
     def update_threshold_(self, top_acts: Tensor, rate: float = 0.01) -> None:
@@ -357,20 +297,4 @@ class KSparseAutoencoder(ArtifactModel):
 
     def card_text(self, repo_id: str) -> dict[str, Any]:
         """What the model card says of this SAE."""
-        config = self.config
-        return {
-            "title": repo_id.rsplit("/", 1)[-1],
-            "summary": f"A k-sparse autoencoder on the activations{self.origin()}: {config.num_latents:,} latents over "
-            f"{config.d_in} dimensions, {config.k} active at a time.",
-            "usage": "from diffusion_sae import DiffusionFeatureExtractor, KSparseAutoencoder\n\n"
-            f'sae = KSparseAutoencoder.from_pretrained("{repo_id}")\n'
-            f'extractor = DiffusionFeatureExtractor.from_pretrained("{repo_id}")  # the one it was trained on\n'
-            f'features = next(iter(extractor("image.png").values())).reshape(-1, {config.d_in})\n'
-            "top_acts, top_indices = sae.encode(features)",
-            "pipeline_tag": "image-feature-extraction",
-            "tags": ["sparse-autoencoder", "interpretability"],
-            "configuration": [
-                (k, getattr(config, k))
-                for k in ("d_in", "num_latents", "expansion_factor", "k", "activation", "encoder_init")
-            ],
-        }
+        return card_text(self, repo_id)

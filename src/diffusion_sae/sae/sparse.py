@@ -1,7 +1,7 @@
 """The products of a sparse autoencoder, in which everything after the encoder touches the active latents alone.
 
-Weights are latent-major here, (num_latents, d_in): one latent is one contiguous row. All functions run on any device, and
-none holds a tensor of rows × latents: scores exist for a block of rows at a time.
+Weights are latent-major here, (num_latents, d_in): one latent is one contiguous row. All functions run on any device,
+and none holds a tensor of rows × latents: scores exist for a block of rows at a time.
 """
 
 import math
@@ -62,8 +62,9 @@ def top_k(scores: Float[Tensor, "r n"], k: int, groups: int) -> tuple[Float[Tens
     """The k largest of each row and their columns, in no order; exactly those of `torch.topk`.
 
     Column j belongs to group j mod `groups`, and n must be a multiple of `groups`. The k groups with the largest maxima
-    hold the k largest elements, and the smallest of these maxima is a lower bound of all of them. So `torch.topk` sees the
-    maxima, and then the few elements above the bound; over all columns it would take up to half as long as the product.
+    hold the k largest elements, and the smallest of these maxima is a lower bound of all of them. So `torch.topk` sees
+    the maxima, and then the few elements above the bound; over all columns it would take up to half as long as the
+    product.
     """
     rows, columns = scores.shape
     if groups <= k:
@@ -126,9 +127,9 @@ def encode_above(
     b_enc: Float[Tensor, " n"],
     threshold: Float[Tensor, "*n"],
 ) -> tuple[Float[Tensor, "N most"], Int[Tensor, "N most"]]:
-    """What of W_enc x + b_enc is larger than max(threshold, 0), without gradient; `most` is the largest number of a row.
+    """What of W_enc x + b_enc is larger than max(threshold, 0), without gradient.
 
-    A row's free places hold the value −∞ and the index 0.
+    `most` is the largest number of a row; free places of the others hold the value −∞ and the index 0.
     """
     rows, latents, dtype = len(features), len(W_enc), features.dtype
     features, W_enc, b_enc = _for_product(features, W_enc, b_enc)
