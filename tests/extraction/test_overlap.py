@@ -9,8 +9,8 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 
+from diffusion_sae._overlap import Behind, computed_ahead
 from diffusion_sae.extraction.images import ImageError
-from diffusion_sae.extraction.overlap import Behind, computed_ahead
 from diffusion_sae.features import FeatureStore, StoreWriter
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._overlap import computed_ahead
 from ..features import Shard
 from .images import ImageError, image_id, to_pixel_value
-from .overlap import computed_ahead
 from .sources import TEXT_COLUMNS, ImageSource
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._config import check, check_choice
+from .._overlap import Behind
 from ..features import FeatureStore, StoreWriter
 from ..provenance import DTYPES
 from .images import ImageError
-from .overlap import Behind
 from .processes import Processes
 from .reading import Reading, with_texts
 from .sources import ImageSource, open_images

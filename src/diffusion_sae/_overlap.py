@@ -1,4 +1,4 @@
-"""What runs beside the model: images are decoded ahead of it, shards are written behind it."""
+"""What runs beside the computation: inputs are read ahead of it, results are written behind it."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
