@@ -118,7 +118,7 @@ def encode_top_k(
         scores = buffer[: len(part)]
         scores_of(part, W_enc, b_enc, scores[:, :latents])
         values[start : start + block], indices[start : start + block] = top_k(scores, k, groups)
-    return values, indices
+    return values, indices.clamp_max_(latents - 1)  # where latents are at −∞ too, filling columns may be chosen
 
 
 def encode_above(
@@ -137,7 +137,7 @@ def encode_above(
     block = row_block(rows, latents, features.device, features.element_size())
     buffer = _buffer(block, latents, features)
     found = []
-    for start in range(0, rows, block):
+    for start in range(0, max(1, rows), block):
         part = features[start : start + block]
         scores = scores_of(part, W_enc, b_enc, buffer[: len(part)])
         row, column = torch.nonzero(scores > floor, as_tuple=True)
@@ -292,12 +292,16 @@ class NormalizedMSE(torch.autograd.Function):
         error = reconstruction - target
         lengths = torch.linalg.vector_norm(target, dim=1).square_().clamp_min_(torch.finfo(target.dtype).tiny)
         squares = torch.linalg.vector_norm(error, dim=1).square_()
-        ctx.save_for_backward(error, lengths)
+        ctx.save_for_backward(error, lengths, target, squares)
         total = squares.sum()
         ctx.mark_non_differentiable(total)
         return (squares / lengths).mean(), total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        error, lengths = ctx.saved_tensors
-        return error * (gradients[0] * 2 / (len(error) * lengths))[:, None], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        error, lengths, target, squares = ctx.saved_tensors
+        scale = (gradients[0] * 2 / (len(error) * lengths))[:, None]
+        to_reconstruction = error * scale
+        if not ctx.needs_input_grad[1]:
+            return to_reconstruction, None
+        return to_reconstruction, -to_reconstruction - target * (scale * (squares / lengths)[:, None])
