@@ -1,0 +1,247 @@
+"""The fused update against `backward()` and `torch.optim`, for everything that can be trained."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, SAETrainingArguments
+from diffusion_sae._training import load_checkpoint, save_checkpoint
+from diffusion_sae.sae import step as step_module
+from diffusion_sae.sae.configuration import ACTIVATIONS
+from diffusion_sae.sae.step import OPTIMIZERS, StepReport, TrainingStep
+
+D_IN, NUM_LATENTS, K, ROWS, LEARNING_RATE = 16, 48, 4, 32, 1e-2
+DENSE = ("jumprelu", "relu")
+MODELS = {
+    "plain": {},
+    "matryoshka": {"matryoshka_sizes": [8, 20, NUM_LATENTS]},
+    "layer_norm": {"input_norm": "layer_norm"},
+    "timesteps": {"timesteps": [25, 200]},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "auxk": {"auxk": 5, "auxk_alpha": 0.5, "dead_after_rows": ROWS},
+    "multi_topk": {"multi_topk_alpha": 0.125},
+    "clipping": {"max_grad_norm": 1e-2},
+    "micro_batches": {"micro_batch_size": 12},
+    "bf16": {"bf16": True},
+    "everything": {
+        "auxk": 5,
+        "dead_after_rows": ROWS,
+        "multi_topk_alpha": 0.125,
+        "max_grad_norm": 0.1,
+        "micro_batch_size": 12,
+    },
+}
+MODELS_OF = [(a, model) for a in ACTIVATIONS for model in MODELS if not (a in DENSE and model == "matryoshka")]
+COMPARED = [  # of the dense ones both ways are the same
+    (a, model, settings)
+    for a, model in MODELS_OF
+    for settings in SETTINGS
+    if a not in DENSE or settings == "everything"
+]
+RESUMED = [(a, model) for a, model in MODELS_OF if model == "plain" or a == "batchtopk"]
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks of latents, the last a smaller one."""
+    monkeypatch.setattr(step_module, "LATENT_BLOCK", 20)
+
+
+def make_step(activation: str = "topk", model: str = "plain", **settings: Any) -> TrainingStep:
+    config = KSparseAutoencoderConfig(
+        d_in=D_IN, num_latents=NUM_LATENTS, k=K, activation=activation, jumprelu_bandwidth=0.5, **MODELS[model]
+    )
+    sae = KSparseAutoencoder(config)
+    if model == "timesteps":
+        sae.timestep_scale.copy_(torch.tensor([1.0, 2.5]))
+    given = {"output_dir": "unused", "auxk": 0, "max_grad_norm": None} | settings
+    return TrainingStep(sae, SAETrainingArguments(**given))
+
+
+def timesteps_of(step: TrainingStep) -> Tensor | None:
+    known = step.sae.config.timesteps
+    return None if known is None else torch.tensor(known).repeat(ROWS)[:ROWS]
+
+
+def run(step: TrainingStep, features: Tensor) -> list[StepReport]:
+    return [step(batch, LEARNING_RATE, timesteps=timesteps_of(step)) for batch in features.split(ROWS)]
+
+
+def assert_same_state(got: TrainingStep, expected: TrainingStep, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    """Weights, moments and counters; 0 for both tolerances: bit for bit."""
+    for name, value in expected.sae.state_dict().items():
+        torch.testing.assert_close(got.sae.state_dict()[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: n + m)
+    states = [step.optimizer.state_dict()["state"] for step in (got, expected)]
+    assert states[0].keys() == states[1].keys()
+    for index, state in states[1].items():
+        assert states[0][index].keys() == state.keys()
+        for name, value in state.items():
+            torch.testing.assert_close(states[0][index][name], value, rtol=rtol, atol=atol)
+    assert torch.equal(got.rows_since_active, expected.rows_since_active)
+
+
+@pytest.mark.parametrize(("activation", "model", "settings"), COMPARED, ids=map("-".join, COMPARED))
+def test_fused_equals_backward_and_adam(
+    activation: str, model: str, settings: str, superposition: Callable[..., Tensor]
+) -> None:
+    features = superposition(4 * ROWS)
+    fused, ordinary = (make_step(activation, model, **SETTINGS[settings]) for _ in range(2))
+    assert fused.fused == (activation not in DENSE)
+    ordinary.fused = False
+    start = {name: value.clone() for name, value in fused.sae.state_dict().items()}
+    reports, expected = run(fused, features), run(ordinary, features)
+    for got, other in zip(reports, expected, strict=True):
+        torch.testing.assert_close(got.loss, other.loss, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.fvu, other.fvu, rtol=1e-4, atol=1e-5)
+    assert_same_state(fused, ordinary)
+    changed = {name for name, value in fused.sae.state_dict().items() if not torch.equal(value, start[name])}
+    assert changed >= {"W_enc", "b_enc", "W_dec", "b_dec"}
+    torch.testing.assert_close(fused.sae.W_dec.norm(dim=1), torch.ones(NUM_LATENTS))
+    assert all(torch.isfinite(report.loss) for report in reports)
+    assert reports[-1].fvu.item() < reports[0].fvu.item()
+
+
+@pytest.mark.parametrize("changed", ["auxk", "multi_topk", "clipping", "bf16"])
+def test_the_settings_do_something(changed: str, superposition: Callable[..., Tensor]) -> None:
+    """Else the comparison above would be of the same thing again and again."""
+    steps = [make_step(**SETTINGS[name]) for name in ("plain", changed)]
+    for step in steps:
+        run(step, superposition(4 * ROWS))
+    assert not torch.allclose(steps[0].sae.W_dec, steps[1].sae.W_dec, rtol=1e-3, atol=1e-4)
+
+
+def test_micro_batches_come_to_the_whole_batch(superposition: Callable[..., Tensor]) -> None:
+    features = superposition(4 * ROWS)
+    whole, parts = make_step(), make_step(micro_batch_size=5)
+    for got, expected in zip(run(parts, features), run(whole, features), strict=True):
+        torch.testing.assert_close(got.loss, expected.loss, rtol=1e-4, atol=1e-5)
+        assert got.top_acts.shape == got.top_indices.shape == (ROWS * K,)
+    assert_same_state(parts, whole)
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name not in DENSE])
+@pytest.mark.parametrize("settings", ["plain", "everything"])
+def test_the_weights_never_get_a_gradient(
+    activation: str, settings: str, superposition: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = make_step(activation, **SETTINGS[settings])
+    seen, update = [], step._update
+
+    def look(*args: Any) -> None:
+        seen.append([step.sae.W_enc.grad, step.sae.W_dec.grad])
+        update(*args)
+        seen.append([step.sae.W_enc.grad, step.sae.W_dec.grad])
+
+    monkeypatch.setattr(step, "_update", look)
+    run(step, superposition(2 * ROWS))
+    assert seen == [[None, None]] * 4
+    assert all(parameter.grad is None for parameter in step.sae.parameters())
+    assert step.sae._collect is None
+
+
+def test_layout_of_weights_and_moments(superposition: Callable[..., Tensor]) -> None:
+    """One latent is one contiguous row in all of them."""
+    step = make_step()
+    run(step, superposition(ROWS))
+    tensors = [step.sae.W_enc, *(step.optimizer.state[step.sae.W_enc][name] for name in ("exp_avg", "exp_avg_sq"))]
+    assert {tensor.stride() for tensor in tensors} == {(1, D_IN)}
+
+
+@pytest.mark.parametrize(("activation", "model"), RESUMED, ids=map("-".join, RESUMED))
+def test_a_checkpoint_continues_bit_for_bit(
+    activation: str, model: str, superposition: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    settings = SETTINGS["everything"]
+    features = superposition(5 * ROWS)
+    step = make_step(activation, model, **settings)
+    run(step, features[: 2 * ROWS])
+    extra = {"rows_since_active": step.rows_since_active}
+    save_checkpoint(tmp_path, step.sae, step.optimizer, extra, run="a", history=[])
+    run(step, features[2 * ROWS :])
+
+    resumed = make_step(activation, model, **settings)
+    loaded = load_checkpoint(tmp_path, resumed.sae, resumed.optimizer, run="a", history=[])
+    assert loaded is not None
+    resumed.rows_since_active.copy_(loaded["rows_since_active"])
+    run(resumed, features[2 * ROWS :])
+    assert_same_state(resumed, step, rtol=0, atol=0)
+    assert resumed.sae.W_enc.stride() == (1, D_IN)
+
+
+def test_a_checkpoint_of_either_way_continues_the_other(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    """The fused update keeps its moments as torch.optim.Adam does."""
+    features = superposition(4 * ROWS)
+    expected = make_step()
+    run(expected, features)
+    for first in (True, False):
+        step, second = make_step(), make_step()
+        step.fused, second.fused = first, not first
+        run(step, features[: 2 * ROWS])
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        extra = {"rows_since_active": step.rows_since_active}
+        save_checkpoint(folder, step.sae, step.optimizer, extra, run="a", history=[])
+        loaded = load_checkpoint(folder, second.sae, second.optimizer, run="a", history=[])
+        second.rows_since_active.copy_(loaded["rows_since_active"])
+        run(second, features[2 * ROWS :])
+        assert_same_state(second, expected)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
+def test_other_optimizers(optimizer: str, activation: str, superposition: Callable[..., Tensor]) -> None:
+    step = make_step(activation, optimizer=optimizer)
+    assert not step.fused
+    assert type(step.optimizer) is OPTIMIZERS[optimizer]
+    reports = [report for _ in range(5) for report in run(step, superposition(4 * ROWS))]
+    assert reports[-1].loss.item() < reports[0].loss.item()
+    assert step.optimizer.param_groups[0]["lr"] == LEARNING_RATE
+    torch.testing.assert_close(step.sae.W_dec.norm(dim=1), torch.ones(NUM_LATENTS))
+
+
+def test_one_step_of_adam_by_hand(superposition: Callable[..., Tensor]) -> None:
+    """The first step of Adam moves each weight that has a gradient by the learning rate, against its sign."""
+    batch = superposition(ROWS)
+    step, other = make_step(), make_step()
+    before = step.sae.W_enc.detach().clone()
+    other.sae(batch).loss.backward()
+    gradient = other.sae.W_enc.grad
+    step(batch, LEARNING_RATE)
+    moved = gradient.abs() > 1e-5
+    assert moved.any()
+    torch.testing.assert_close(
+        (step.sae.W_enc - before)[moved], -LEARNING_RATE * gradient.sign()[moved], rtol=1e-2, atol=0
+    )
+    assert torch.equal(step.sae.W_enc[gradient == 0], before[gradient == 0])
+
+
+def test_another_k_than_the_configs(superposition: Callable[..., Tensor]) -> None:
+    step = make_step()
+    assert step(superposition(ROWS), LEARNING_RATE, k=9).top_acts.shape == (ROWS, 9)
+    assert step(superposition(ROWS), LEARNING_RATE).top_acts.shape == (ROWS, K)
+
+
+def test_rows_since_a_latent_was_active(superposition: Callable[..., Tensor]) -> None:
+    step = make_step()
+    first, second = run(step, superposition(2 * ROWS))
+    actives = [set(report.top_indices[report.top_acts != 0].tolist()) for report in (first, second)]
+    assert actives[0] - actives[1]
+    for latent, rows in enumerate(step.rows_since_active.tolist()):
+        assert rows == (0 if latent in actives[1] else ROWS if latent in actives[0] else 2 * ROWS)
+
+
+def test_a_report_is_of_the_weights_before_the_update(superposition: Callable[..., Tensor]) -> None:
+    batch = superposition(ROWS)
+    step = make_step()
+    output = step.sae(batch)
+    report = step(batch, LEARNING_RATE)
+    assert torch.equal(report.loss, output.loss)
+    assert {field.name for field in dataclasses.fields(report)} <= set(output.keys())
+    assert not any(getattr(report, field.name).requires_grad for field in dataclasses.fields(report))
