@@ -45,7 +45,10 @@ def test_one_of_the_sizes_gives_the_other(given: dict[str, Any], num_latents: in
         ({"expansion_factor": 0.01, "k": 1}, "num_latents must be an integer ≥ 1, got 0"),
         ({"encoder_init": "zeros"}, "encoder_init must be one of 'tied', 'kaiming', got 'zeros'"),
         ({"init_seed": -1}, "init_seed must be an integer ≥ 0, got -1"),
-        ({"num_latens": 40}, r"does not know 'num_latens' \(did you mean 'num_latents'\?\). Known: activation, d_in, encoder_init"),
+        (
+            {"num_latens": 40},
+            r"does not know 'num_latens' \(did you mean 'num_latents'\?\). Known: activation, d_in, encoder_init",
+        ),
         ({"d_sae": 40}, "does not know 'd_sae'"),
     ],
 )

@@ -8,11 +8,17 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from .modeling import KSparseAutoencoder, Timesteps
+from .processes import SAEProcesses
 from .sparse import ByLatent, SparseGradients
 from .training_args import SAETrainingArguments
 
 LATENT_BLOCK = 1024  # 5 MB of gradient at d_in 1280: stays in the cache between its sum and its use
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam, "nadam": torch.optim.NAdam, "sgd": torch.optim.SGD}
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "radam": torch.optim.RAdam,
+    "nadam": torch.optim.NAdam,
+    "sgd": torch.optim.SGD,
+}
 
 
 @dataclass(frozen=True)
@@ -28,14 +34,17 @@ class StepReport:
 class TrainingStep:
     """Steps of one SAE: `step(batch, learning_rate)` changes its weights in place and keeps them in order.
 
-    With Adam (Kingma & Ba 2015) the update is fused: for a block of latents the gradient is summed from the active pairs,
-    its part parallel to the decoder row is removed, the moments and weights are changed and the decoder rows scaled to unit
-    norm, before the next block. The weights pass through memory once, and the gradients not at all; the result is that of
-    `loss.backward()` and `torch.optim.Adam`. Other optimisers take that ordinary way.
+    With Adam (Kingma & Ba 2015) the update is fused: for a block of latents the gradient is summed from the active
+    pairs, its part parallel to the decoder row is removed, the moments and weights are changed and the decoder rows
+    scaled to unit norm, before the next block. The weights pass through memory once, and the gradients not at all; the
+    result is that of `loss.backward()` and `torch.optim.Adam`. Other optimisers take that ordinary way.
     """
 
-    def __init__(self, sae: KSparseAutoencoder, args: SAETrainingArguments) -> None:
+    def __init__(
+        self, sae: KSparseAutoencoder, args: SAETrainingArguments, processes: SAEProcesses | None = None
+    ) -> None:
         self.sae, self.args = sae, args
+        self.processes = SAEProcesses(sae.device) if processes is None else processes
         self.auxk = sae.config.d_in // 2 if args.auxk is None else args.auxk
         # jumprelu and relu have dense gradients
         self.is_sparse = sae.config.activation not in ("jumprelu", "relu")
@@ -47,21 +56,40 @@ class TrainingStep:
     def __call__(
         self, batch: Tensor, learning_rate: float, *, timesteps: Timesteps = None, k: int | None = None
     ) -> StepReport:
-        """One update by a batch (N, d_in), taken in `micro_batch_size` rows at a time."""
+        """One update by a batch (N, d_in), taken in `micro_batch_size` rows at a time.
+
+        Of several processes each gives its share of the batch, and gets the report of the whole batch.
+        """
+        processes = self.processes
         self.sae.train()
         if self.fused:
             with self.sae.sparse_gradients() as gradients:
                 report = self._backward(batch, timesteps, k)
-            self._update(gradients, learning_rate)
+            self._average_gradients()
+            self._update(processes.share(gradients), learning_rate)
         else:
             report = self._backward(batch, timesteps, k)
+            self._average_gradients()
             self._update_by_optimizer(learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
-        self.rows_since_active += len(batch)
+        report = StepReport(
+            processes.mean(report.loss),
+            processes.mean(report.fvu),
+            processes.gather(report.top_acts),
+            processes.gather(report.top_indices),
+        )
+        self.rows_since_active += len(batch) * processes.count
         self.rows_since_active[report.top_indices[report.top_acts != 0]] = 0
         if self.sae.config.activation == "batchtopk":
             self.sae.update_threshold_(report.top_acts)
         return report
+
+    def _average_gradients(self) -> None:
+        """Of the processes; those of the weights are not formed yet where the update is fused."""
+        if self.processes.count > 1:
+            for parameter in self.sae.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.processes.mean(parameter.grad)
 
     def _backward(self, batch: Tensor, timesteps: Timesteps, k: int | None) -> StepReport:
         size = self.args.micro_batch_size or len(batch)
@@ -88,8 +116,8 @@ class TrainingStep:
             return StepReport(output.loss.detach(), output.fvu, output.top_acts.detach(), output.top_indices)
         loss = torch.stack([share * output.loss.detach() for share, output in parts]).sum()
         fvu = torch.stack([share * output.fvu for share, output in parts]).sum()
-        acts, indices = ([getattr(o, name).detach().flatten() for _, o in parts] for name in ("top_acts", "top_indices"))
-        return StepReport(loss, fvu, torch.cat(acts), torch.cat(indices))
+        acts = torch.cat([output.top_acts.detach().flatten() for _, output in parts])
+        return StepReport(loss, fvu, acts, torch.cat([output.top_indices.flatten() for _, output in parts]))
 
     @torch.no_grad()
     def _update(self, gradients: SparseGradients, learning_rate: float) -> None:
@@ -115,7 +143,7 @@ class TrainingStep:
         for parameter in (sae.W_enc, sae.W_dec, *small):
             self.optimizer.state[parameter]["step"] += 1
 
-    def _rows_and_state(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _rows_and_state(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A parameter and Adam's moments, latent-major, and the step count; kept as torch.optim.Adam keeps them."""
         state = self.optimizer.state[parameter]
         if not state:

@@ -1,34 +1,41 @@
 """SAETrainer: features in, a trained KSparseAutoencoder out; killed at any step, the next run ends the same."""
 
 import dataclasses
+import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from .._files import fingerprint_of, require_writable_folder, write_json
+from .._files import fingerprint_of, require_writable_folder, write_atomically, write_json
 from .._training import (
     MetricsLogger,
-    data_fingerprint,
+    TrainingDivergedError,
     hold_out_images,
     load_checkpoint,
     require_finite_loss,
     save_checkpoint,
-    step_rows,
 )
-from ..features import FeatureSet, as_feature_set
+from ..features import FeatureSet, FeatureSource, ShuffledBatches, as_feature_set
 from ..provenance import require_same_provenance
 from .evaluation import SAEMetrics, evaluate_sae
 from .modeling import KSparseAutoencoder
+from .preparation import fold_input_scale_, input_scale, set_biases_
+from .processes import SAEProcesses
+from .resampling import resample_
+from .step import StepReport, TrainingStep
 from .training_args import SAETrainingArguments
 
+BEST = "best.safetensors"
 _ADVICE = "Lower learning_rate, or check the features' scale."
+_RECORDS_ONLY = ("output_dir", "logging_steps", "report_to")  # change no number
 
 
 @dataclass(frozen=True)
@@ -44,81 +51,145 @@ class SAETrainingResult:
     """One entry a log line."""
 
 
-class SAETrainer:
-    """Trains a k-SAE as Revelio does (§3.2): normalised MSE, unit-norm decoder, b_dec from the mean, Adam with warm-up.
+class SAECallback:
+    """What a trainer calls; override what you need. A callback that raises ends the training; the checkpoint stays."""
 
-    Beyond the paper: an AuxK loss against dead latents, evaluation on held-out images, exact resuming.
+    def on_log(self, trainer: "SAETrainer", step: int, values: dict[str, float]) -> None:
+        """After each log line and evaluation."""
+
+    def on_save(self, trainer: "SAETrainer", step: int) -> None:
+        """After each checkpoint."""
+
+
+class SAETrainer:
+    """Trains an SAE: normalised MSE, unit-norm decoder, b_dec from the data, Adam with warm-up (Revelio, §3.2).
+
+    Beyond the paper: AuxK or resampling against dead latents, evaluation on held-out images, exact resuming, several
+    processes (`accelerate launch`), and what `SAETrainingArguments` lists.
     """
 
     def __init__(
         self,
         sae: KSparseAutoencoder,
-        features: FeatureSet | Tensor,
+        features: FeatureSet | FeatureSource | Tensor,
         args: SAETrainingArguments,
         *,
         eval_features: FeatureSet | Tensor | None = None,
         allow_mismatch: bool = False,
+        callbacks: Sequence[SAECallback] = (),
     ) -> None:
         """
         Args:
             sae: the model to train, changed in place.
-            features: rows (N, d_in) to train on.
+            features: rows (N, d_in) to train on, or a source of batches: `ShuffledBatches`, `extractor.stream(…)`.
             args: how.
-            eval_features: rows to evaluate on; None: `args.eval_fraction` of the images of `features`, held out.
+            eval_features: rows to evaluate on; None: `args.eval_fraction` of the images of `features`, held out, or what
+                the source holds out.
             allow_mismatch: train on features of another extraction than the SAE records, and evaluate on others.
+            callbacks: called after log lines and checkpoints.
 
         Raises:
             ValueError: for features of another width, with NaN or infinity, or of another extraction; for too few
                 images to hold some out, or evaluation rows that are all equal.
         """
-        self.sae, self.args = sae, args
-        self.features = as_feature_set(features)
-        self.features.require_finite("The training features")
-        sae.require_features(self.features, allow_mismatch=allow_mismatch)
-        self.train_rows, self.eval_features = self._split(eval_features, allow_mismatch)
-        if bool((self.eval_features == self.eval_features[:1]).all()):
+        self.sae, self.args, self.callbacks = sae, args, list(callbacks)
+        self.processes = SAEProcesses(sae.device)
+        self._allow_mismatch = allow_mismatch
+        self.held_out = True
+        if isinstance(features, FeatureSource):
+            self.source: FeatureSource = features
+            self.eval_features = self._given(eval_features) or self._of_source(features)
+        else:
+            self.source, self.eval_features = self._split(as_feature_set(features), eval_features)
+        self._require_trainable()
+        epochs = args.num_train_epochs * self.source.steps_per_epoch
+        self.max_steps = args.max_steps or max(1, round(epochs))
+        self.step_number = 0
+        self.best = sys.float_info.max  # finite, as all of a checkpoint is
+        self.evaluations_since_best = 0
+        self.logger: MetricsLogger | None = None
+
+    def _given(self, eval_features: FeatureSet | Tensor | None) -> FeatureSet | None:
+        if eval_features is None:
+            return None
+        given = as_feature_set(eval_features)
+        given.require_finite("The evaluation features")
+        self.sae.require_features(given, allow_mismatch=self._allow_mismatch)
+        return given
+
+    def _of_source(self, source: FeatureSource) -> FeatureSet:
+        held_out = source.held_out()
+        if held_out is None:
+            raise ValueError(
+                "The source holds no images out to evaluate on. Give eval_features, or hold some out where it is made."
+            )
+        return held_out
+
+    def _split(
+        self, features: FeatureSet, eval_features: FeatureSet | Tensor | None
+    ) -> tuple[FeatureSource, FeatureSet]:
+        """Batches of the training rows, and the features to evaluate on."""
+        args, rows = self.args, None
+        features.require_finite("The training features")
+        self.sae.require_features(features, allow_mismatch=self._allow_mismatch)
+        given = self._given(eval_features)
+        if given is not None:
+            require_same_provenance(
+                features.provenance, given.provenance, "This training", allow_mismatch=self._allow_mismatch
+            )
+        elif args.eval_fraction == 0:
+            self.held_out = False
+            given = FeatureSet([features[: 8 * args.batch_size]])
+            timesteps = features.timesteps_of(torch.arange(len(given)))
+            given = given if timesteps is None else features
+        else:
+            at_least = 1 if features.rows_per_image > 1 else 2  # a single row has no variance
+            held_out = max(at_least, round(features.num_images * args.eval_fraction))
+            rows, _ = hold_out_images(features, held_out, seed=args.seed)
+        count = len(features) if rows is None else len(rows)
+        batch_size = max(1, min(args.batch_size, count) // self.processes.count * self.processes.count)
+        source = ShuffledBatches(features, batch_size, seed=args.seed, rows=rows)
+        return source, given if given is not None else self._of_source(source)
+
+    def _require_trainable(self) -> None:
+        config, args, source = self.sae.config, self.args, self.source
+        if source.d_in != config.d_in:
+            raise ValueError(f"The SAE takes features of width d_in = {config.d_in}, the source gives {source.d_in}.")
+        if bool((self.eval_features[:] == self.eval_features[:1]).all()):
             raise ValueError(
                 f"The {len(self.eval_features)} rows to evaluate on are all equal, so that there is no variance to "
                 "explain. Give more images, a larger eval_fraction, or eval_features."
             )
-        self.held_out = eval_features is not None or args.eval_fraction > 0
-        self.batch_size = min(args.batch_size, len(self.train_rows))
-        per_epoch = max(1, len(self.train_rows) // self.batch_size)
-        self.max_steps = args.max_steps or max(1, round(args.num_train_epochs * per_epoch))
-        self.auxk = sae.config.d_in // 2 if args.auxk is None else args.auxk
-
-    def _split(self, eval_features: FeatureSet | Tensor | None, allow_mismatch: bool) -> tuple[Tensor, Tensor]:
-        """Training rows, and the features to evaluate on."""
-        features, args = self.features, self.args
-        if eval_features is not None:
-            given = as_feature_set(eval_features)
-            given.require_finite("The evaluation features")
-            self.sae.require_features(given, allow_mismatch=allow_mismatch)
-            require_same_provenance(
-                features.provenance, given.provenance, "This training", allow_mismatch=allow_mismatch
+        if args.normalize_input != "none" and (config.input_norm != "none" or config.timesteps is not None):
+            raise ValueError(
+                f"normalize_input={args.normalize_input!r} cannot be folded into an SAE with input_norm or timesteps, "
+                "which scale rows themselves. Use normalize_input='none'."
             )
-            return torch.arange(len(features)), given.to_tensor()
-        if args.eval_fraction == 0:
-            return torch.arange(len(features)), features[: 8 * args.batch_size]
-        at_least = 1 if features.rows_per_image > 1 else 2  # a single row has no variance
-        held_out = max(at_least, round(features.num_images * args.eval_fraction))
-        train_rows, eval_rows = hold_out_images(features, held_out, seed=args.seed)
-        return train_rows, features[eval_rows]
+        if args.k_anneal_start is not None and not config.k <= args.k_anneal_start <= config.num_latents:
+            raise ValueError(
+                f"k_anneal_start must lie between k = {config.k} and num_latents = {config.num_latents}, got "
+                f"{args.k_anneal_start}."
+            )
+        if args.resample_steps and self.processes.count > 1:
+            raise ValueError("resample_steps works in one process only: use AuxK with several.")
 
     def _run_name(self) -> str:
         """Identifies what a checkpoint belongs to: settings, shape, data."""
+        shape = (
+            "d_in",
+            "num_latents",
+            "k",
+            "activation",
+            "matryoshka_sizes",
+            "input_norm",
+            "timesteps",
+            "encoder_init",
+        )
         return fingerprint_of(
             {
-                "args": {
-                    k: v
-                    for k, v in self.args.to_dict().items()
-                    if k not in ("output_dir", "logging_steps", "report_to")
-                },
-                "config": {
-                    k: getattr(self.sae.config, k) for k in ("d_in", "num_latents", "k", "encoder_init", "init_seed")
-                },
-                "features": data_fingerprint(self.features),
-                "train_rows": len(self.train_rows),
+                "args": {k: v for k, v in self.args.to_dict().items() if k not in _RECORDS_ONLY},
+                "config": {k: getattr(self.sae.config, k) for k in (*shape, "init_seed", "jumprelu_bandwidth")},
+                "source": self.source.fingerprint(),
             }
         )
 
@@ -126,102 +197,224 @@ class SAETrainer:
         """Train to the end, or on from the checkpoint in `output_dir`; save the finished SAE there.
 
         Raises:
-            TrainingDivergedError: if the loss becomes NaN or infinite.
+            TrainingDivergedError: if the loss becomes NaN or infinite, or too many latents are dead.
         """
-        sae, args = self.sae, self.args
-        output_dir = require_writable_folder(args.output_dir)
-        device = sae.W_dec.device
-        optimizer = torch.optim.Adam(sae.parameters(), lr=args.learning_rate)
-        rows_since_active = torch.zeros(sae.config.num_latents, dtype=torch.long, device=device)
-        logger = MetricsLogger(args.report_to, output_dir, args.to_dict())
-        step = self._resume_or_begin(output_dir, optimizer, rows_since_active, logger.history)
-        scheduler = get_scheduler(
-            args.lr_scheduler_type, optimizer, min(args.warmup_steps, self.max_steps // 2), self.max_steps
-        )
-        started = time.perf_counter()
-        sae.train()
-        bar = tqdm(total=self.max_steps, initial=step, desc="train k-SAE", unit="step", disable=not progress)
-        with closing(logger), bar:
-            while step < self.max_steps:
-                _set_step(scheduler, step)
-                rows = step_rows(step, self.batch_size, len(self.train_rows), seed=args.seed)
-                batch = self.features[self.train_rows[rows]].to(device)
-                loss, fvu = self._step(batch, optimizer, rows_since_active)
-                step += 1
-                bar.update()
-                if step % args.logging_steps == 0 or step == self.max_steps:
-                    require_finite_loss(loss.item(), step, output_dir, _ADVICE)
-                    dead = (rows_since_active >= args.dead_after_rows).float().mean().item()
-                    logger.log(step, {"loss": loss.item(), "fvu": fvu.item(), "dead_latents": dead})
-                    bar.set_postfix(loss=f"{loss.item():.4f}", fvu=f"{fvu.item():.4f}")
-                if step % args.save_steps == 0 or step == self.max_steps:
-                    require_finite_loss(loss.item(), step, output_dir, _ADVICE, sae)
-                    extra = {"step": torch.tensor(step), "rows_since_active": rows_since_active}
-                    save_checkpoint(output_dir, sae, optimizer, extra, run=self._run_name(), history=logger.history)
-        return self._finish(output_dir, step, time.perf_counter() - started, logger.history)
+        return train_together([self], progress=progress)[0]
 
-    def _resume_or_begin(
-        self,
-        output_dir: Path,
-        optimizer: torch.optim.Optimizer,
-        rows_since_active: Tensor,
-        history: list[dict[str, float]],
-    ) -> int:
-        extra = load_checkpoint(output_dir, self.sae, optimizer, run=self._run_name(), history=history)
-        if extra is not None:
-            rows_since_active.copy_(extra["rows_since_active"])
-            return int(extra["step"])
-        with torch.no_grad():
-            self.sae.b_dec.copy_(self.features.mean())
-            self.sae.normalize_decoder_()
-        return 0
+    def begin(self) -> None:
+        """Make the optimiser and take up the checkpoint, if there is one."""
+        args, sae = self.args, self.sae
+        self.output_dir = require_writable_folder(args.output_dir)
+        self.logger = MetricsLogger(args.report_to, self.output_dir, args.to_dict())
+        self.stepper = TrainingStep(sae, args, self.processes)
+        warmup = min(args.warmup_steps, self.max_steps // 2)
+        self.schedule = get_scheduler(args.lr_scheduler_type, self.stepper.optimizer, warmup, self.max_steps)
+        self.run_name = self._run_name()
+        self.average: dict[str, Tensor] = {}
+        with self.processes.main_first():
+            extra = load_checkpoint(
+                self.output_dir, sae, self.stepper.optimizer, run=self.run_name, history=self.logger.history
+            )
+        if extra is None:
+            self.scale = self.processes.from_main(input_scale(self.source, args.normalize_input))
+            set_biases_(sae, self.source, args.b_dec_init, self.scale)
+            sae.normalize_decoder_()
+            for value in sae.state_dict().values():
+                self.processes.from_main(value)
+            self.average = {} if args.ema_decay is None else {n: p.detach().clone() for n, p in sae.named_parameters()}
+            return
+        self.stepper.rows_since_active.copy_(extra["rows_since_active"])
+        self.step_number, self.scale = int(extra["step"]), extra["input_scale"]
+        self.best, self.evaluations_since_best = float(extra["best"]), int(extra["evaluations_since_best"])
+        self.average = {name[4:]: value.to(sae.device) for name, value in extra.items() if name.startswith("ema.")}
 
-    def _step(
-        self, batch: Tensor, optimizer: torch.optim.Optimizer, rows_since_active: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        sae, args = self.sae, self.args
-        output = sae(batch, rows_since_active >= args.dead_after_rows, self.auxk, args.auxk_alpha)
-        output.loss.backward()
-        sae.remove_parallel_gradient_()
-        if args.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        sae.normalize_decoder_()
-        rows_since_active += len(batch)
-        rows_since_active[output.top_indices[output.top_acts > 0]] = 0
-        return output.loss.detach(), output.fvu
+    @property
+    def done(self) -> bool:
+        patience = self.args.early_stopping_patience
+        return self.step_number >= self.max_steps or (patience is not None and self.evaluations_since_best >= patience)
+
+    def advance(self, batch: Tensor, timesteps: Tensor | None) -> StepReport:
+        """One step, with what belongs to it: logging, evaluation, checkpoint."""
+        args, device = self.args, self.sae.device
+        batch = (batch.to(device) / self.scale.to(device)) if args.normalize_input != "none" else batch.to(device)
+        of_rows = None if self.sae.config.timesteps is None or timesteps is None else timesteps.to(device)
+        step = self.step_number
+        if args.resample_steps and step and step % args.resample_steps == 0:
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+            resample_(self.sae, self.stepper.optimizer, self._dead, batch, generator, of_rows)
+            self.stepper.rows_since_active[self._dead] = 0
+        report = self.stepper(batch, self._learning_rate(step), timesteps=of_rows, k=self._k(step))
+        self.step_number = step = step + 1
+        if self.average:
+            decay = min(args.ema_decay or 0.0, (1 + step) / (10 + step))  # else the first weights weigh in for long
+            for name, parameter in self.sae.named_parameters():
+                self.average[name].lerp_(parameter.detach(), 1 - decay)
+        if step % args.logging_steps == 0 or step >= self.max_steps:
+            self._log_step(report)
+        if args.eval_steps and (step % args.eval_steps == 0 or step >= self.max_steps):
+            self._evaluate_on_the_way()
+        if step % args.save_steps == 0 or self.done:
+            self._save(report.loss.item())
+        return report
+
+    @property
+    def _dead(self) -> Tensor:
+        return self.stepper.rows_since_active >= self.args.dead_after_rows
+
+    def _learning_rate(self, step: int) -> float:
+        """From the step's number alone, so that a resumed run needs no scheduler state."""
+        return self.args.learning_rate * self.schedule.lr_lambdas[0](step + 1)
+
+    def _k(self, step: int) -> int | None:
+        start, k = self.args.k_anneal_start, self.sae.config.k
+        if start is None or step >= self.args.k_anneal_steps:
+            return None
+        return round(start + (k - start) * step / self.args.k_anneal_steps)
+
+    def _log(self, values: dict[str, float]) -> None:
+        assert self.logger is not None  # begin() made it
+        if self.processes.is_main:
+            self.logger.log(self.step_number, values)
+        for callback in self.callbacks:
+            callback.on_log(self, self.step_number, values)
+
+    def _log_step(self, report: StepReport) -> None:
+        loss, dead = report.loss.item(), self._dead.float().mean().item()
+        require_finite_loss(loss, self.step_number, self.output_dir, _ADVICE)
+        self._log({"loss": loss, "fvu": report.fvu.item(), "dead_latents": dead})
+        if dead > self.args.max_dead_latents:
+            raise TrainingDivergedError(
+                f"{dead:.0%} of the latents are dead at step {self.step_number}, more than max_dead_latents = "
+                f"{self.args.max_dead_latents:.0%}. Use encoder_init='tied', a larger auxk or resample_steps, or another "
+                f"learning_rate. The checkpoint in {self.output_dir} is kept."
+            )
+
+    def _evaluate_on_the_way(self) -> None:
+        with self._averaged():
+            metrics = self.evaluate()
+        self._log({f"eval_{name}": value for name, value in dataclasses.asdict(metrics).items() if name != "rows"})
+        if metrics.fvu < self.best:
+            self.best, self.evaluations_since_best = metrics.fvu, 0
+            if self.args.keep_best and self.processes.is_main:
+                with self._averaged():
+                    tensors = {n: v.detach().cpu().contiguous() for n, v in self.sae.state_dict().items()}
+                write_atomically(self.output_dir / BEST, lambda path: save_file(tensors, path))
+        else:
+            self.evaluations_since_best += 1
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within it the SAE has the averaged weights, with decoder rows of unit norm, and is in evaluation mode."""
+        kept = {n: p.detach().clone() for n, p in self.sae.named_parameters()} if self.average else {}
+        self.sae.eval()
+        _set_weights(self.sae, self.average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.sae.named_parameters():
+                    if name in kept:
+                        parameter.copy_(kept[name])
+
+    def _save(self, loss: float) -> None:
+        require_finite_loss(loss, self.step_number, self.output_dir, _ADVICE, self.sae)
+        extra = {
+            "step": torch.tensor(self.step_number),
+            "rows_since_active": self.stepper.rows_since_active,
+            "input_scale": self.scale,
+            "best": torch.tensor(self.best, dtype=torch.float64),
+            "evaluations_since_best": torch.tensor(self.evaluations_since_best),
+            **{f"ema.{name}": value for name, value in self.average.items()},
+        }
+        assert self.logger is not None  # begin() made it
+        if self.processes.is_main:
+            optimizer, history = self.stepper.optimizer, self.logger.history
+            save_checkpoint(self.output_dir, self.sae, optimizer, extra, run=self.run_name, history=history)
+        for callback in self.callbacks:
+            callback.on_save(self, self.step_number)
 
     def evaluate(self) -> SAEMetrics:
         """FVU, L0 and dead latents on the held-out rows (with `eval_fraction=0` on training rows)."""
-        return evaluate_sae(self.sae, FeatureSet.from_tensor(self.eval_features))
+        scale = getattr(self, "scale", torch.ones(()))
+        rows = self.eval_features
+        if scale.ndim or scale != 1:
+            rows = FeatureSet.from_tensor(rows[:] / scale)
+        return evaluate_sae(self.sae, rows, allow_mismatch=True)
 
-    def _finish(
-        self, output_dir: Path, steps: int, seconds: float, history: list[dict[str, float]]
-    ) -> SAETrainingResult:
-        self.sae.eval()
+    def finish(self, seconds: float) -> SAETrainingResult:
+        """Take the best or averaged weights, fold the input's scale in, measure and save."""
+        sae, args = self.sae, self.args
+        sae.eval()
+        assert self.logger is not None  # begin() made it
+        if args.keep_best and (self.output_dir / BEST).exists():
+            sae.load_state_dict(load_file(self.output_dir / BEST))
+        else:
+            _set_weights(sae, self.average)
+        if args.normalize_input != "none":
+            fold_input_scale_(sae, self.scale)
+            self.scale = torch.ones(())
         metrics = self.evaluate()
-        require_finite_loss(metrics.fvu, steps, output_dir, _ADVICE)
-        self.sae.provenance = self.features.provenance
-        self.sae.metrics = {
+        require_finite_loss(metrics.fvu, self.step_number, self.output_dir, _ADVICE)
+        sae.provenance = self.source.provenance
+        rows = len(self.source)
+        sae.metrics = {
             "held_out" if self.held_out else "on_training_rows": dataclasses.asdict(metrics),
-            "training": {"steps": steps, "rows": len(self.train_rows), **self.args.to_dict()},
+            "training": {"steps": self.step_number, "rows": rows, **args.to_dict()},
             "note": f"On {metrics.rows:,} rows of images that were held out of the SAE's training."
             if self.held_out
             else f"On {metrics.rows:,} rows that the SAE was trained on: none were held out.",
         }
-        self.sae.metrics["training"].pop("output_dir")
-        self.sae.save_pretrained(output_dir)
-        write_json(output_dir / "training_history.json", history)
-        return SAETrainingResult(metrics, steps, seconds, history)
+        sae.metrics["training"].pop("output_dir")
+        if self.processes.is_main:
+            sae.save_pretrained(self.output_dir)
+            write_json(self.output_dir / "training_history.json", self.logger.history)
+        return SAETrainingResult(metrics, self.step_number, seconds, self.logger.history)
 
 
-def _set_step(scheduler: Any, step: int) -> None:
-    """Learning rate of a step from its number alone, so that a resumed run needs no scheduler state."""
-    for group, base, factor in zip(
-        scheduler.optimizer.param_groups,
-        scheduler.base_lrs,
-        scheduler.lr_lambdas,
-        strict=True,
-    ):
-        group["lr"] = base * factor(step + 1)
+@torch.no_grad()
+def _set_weights(sae: KSparseAutoencoder, weights: dict[str, Tensor]) -> None:
+    if weights:
+        for name, parameter in sae.named_parameters():
+            parameter.copy_(weights[name])
+        sae.normalize_decoder_()
+
+
+def train_together(trainers: Sequence[SAETrainer], *, progress: bool = True) -> list[SAETrainingResult]:
+    """Train several SAEs (of other k, size, seed or kind) in one pass: each batch is read, or extracted, once.
+
+    Each trainer keeps its own checkpoint in its own `output_dir`; a resumed run goes on from the earliest.
+
+    Raises:
+        ValueError: if the trainers do not have the same data, batch size and seed, or share an `output_dir`.
+    """
+    folders = {Path(trainer.args.output_dir).resolve() for trainer in trainers}
+    orders = {trainer.source.fingerprint() for trainer in trainers}
+    if len(folders) != len(trainers) or len(orders) != 1:
+        raise ValueError(
+            f"{len(trainers)} trainers that train together need an output_dir each (got {len(folders)}) and the same "
+            f"features, batch_size, seed and eval_fraction (got {len(orders)} different orders of rows)."
+        )
+    source, processes = trainers[0].source, trainers[0].processes
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        stack.enter_context(closing(source))
+        for trainer in trainers:
+            trainer.begin()
+            if trainer.logger is not None:
+                stack.enter_context(closing(trainer.logger))
+        last = max(trainer.max_steps for trainer in trainers)
+        first = min((trainer.step_number for trainer in trainers if not trainer.done), default=last)
+        hide = not progress or not processes.is_main
+        with tqdm(total=last, initial=first, desc="train k-SAE", unit="step", disable=hide) as bar:
+            for step in range(first, last):
+                turn = [t for t in trainers if t.step_number == step and not t.done]
+                if not turn and all(trainer.done for trainer in trainers):
+                    break
+                batch = source.batch(step, *processes.place)
+                timesteps = source.timesteps_of(step, *processes.place)
+                reports = [trainer.advance(batch, timesteps) for trainer in turn]
+                bar.update()
+                if reports and step % 10 == 0:
+                    bar.set_postfix(loss=f"{reports[0].loss.item():.4f}", fvu=f"{reports[0].fvu.item():.4f}")
+        seconds = time.perf_counter() - started
+        return [trainer.finish(seconds) for trainer in trainers]

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from .._config import JsonConfig, check, check_choice, check_integer, check_number
 
+OPTIMIZERS = ("adam", "adamw", "radam", "nadam", "sgd")
+SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt", "polynomial")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SAETrainingArguments(JsonConfig):
@@ -22,13 +25,26 @@ class SAETrainingArguments(JsonConfig):
     warmup_steps: int = 500
     """Steps over which the learning rate rises from 0."""
     lr_scheduler_type: str = "constant_with_warmup"
-    """constant_with_warmup, linear or cosine, from transformers."""
+    """constant, constant_with_warmup, linear, cosine, inverse_sqrt or polynomial, from transformers."""
     batch_size: int = 8192
-    """Rows a step."""
+    """Rows a step, of all processes together."""
     max_steps: int | None = None
     """Steps in all; None: num_train_epochs over the rows."""
     num_train_epochs: float = 10.0
     """Passes over the rows, where max_steps is not given."""
+    normalize_input: str = "none"
+    """none; scalar: rows are divided by their root mean square; per_feature: by each feature's deviation. Folded into the
+    weights of the finished SAE, which takes features as they are."""
+    b_dec_init: str = "mean"
+    """mean or geometric_median of the features, or zero."""
+    k_anneal_start: int | None = None
+    """Active latents at the first step, from where k falls to its value; None: no annealing."""
+    k_anneal_steps: int = 1000
+    """Steps over which k falls."""
+    ema_decay: float | None = None
+    """The finished SAE is the moving average of the weights with this decay; None: their last values."""
+    resample_steps: int | None = None
+    """Steps between resamplings of dead latents, the alternative to AuxK; None: never."""
     auxk: int | None = None
     """Dead latents that learn each row's residual; None: half of d_in; 0: no AuxK loss."""
     auxk_alpha: float = 1 / 32
@@ -43,6 +59,14 @@ class SAETrainingArguments(JsonConfig):
     """Gradients are clipped to this norm; None: not at all."""
     eval_fraction: float = 0.05
     """Share of the images held out for evaluation, where no evaluation features are given."""
+    eval_steps: int | None = None
+    """Steps between evaluations on held-out rows; None: at the end alone."""
+    early_stopping_patience: int | None = None
+    """Evaluations without a better FVU after which the training ends; None: never. Needs eval_steps."""
+    keep_best: bool = False
+    """Whether the finished SAE is the one with the best FVU of all evaluations. Needs eval_steps."""
+    max_dead_latents: float = 1.0
+    """Share of dead latents above which the training stops with advice; 1: never."""
     seed: int = 0
     """Seed of the row order and the held-out images."""
     logging_steps: int = 50
@@ -56,12 +80,12 @@ class SAETrainingArguments(JsonConfig):
         check(bool(self.output_dir), "output_dir must name a folder, got an empty string.")
         check_number("learning_rate", self.learning_rate, 0, open_low=True)
         check_integer("warmup_steps", self.warmup_steps, 0)
-        check_choice("optimizer", self.optimizer, ("adam", "adamw", "radam", "nadam", "sgd"))
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if self.micro_batch_size is not None:
             check_integer("micro_batch_size", self.micro_batch_size, 1)
         check_number("multi_topk_alpha", self.multi_topk_alpha, 0)
         check_number("sparsity_coefficient", self.sparsity_coefficient, 0)
-        check_choice("lr_scheduler_type", self.lr_scheduler_type, ("constant_with_warmup", "linear", "cosine"))
+        check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         check_integer("batch_size", self.batch_size, 1)
         if self.max_steps is not None:
             check_integer("max_steps", self.max_steps, 1)
@@ -74,5 +98,16 @@ class SAETrainingArguments(JsonConfig):
             check_number("max_grad_norm", self.max_grad_norm, 0, open_low=True)
         check_number("eval_fraction", self.eval_fraction, 0, 0.9)
         check_integer("seed", self.seed, 0)
+        check_choice("normalize_input", self.normalize_input, ("none", "scalar", "per_feature"))
+        check_choice("b_dec_init", self.b_dec_init, ("mean", "geometric_median", "zero"))
+        for name in ("k_anneal_start", "resample_steps", "eval_steps", "early_stopping_patience"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+        check_integer("k_anneal_steps", self.k_anneal_steps, 1)
+        if self.ema_decay is not None:
+            check_number("ema_decay", self.ema_decay, 0, 0.999999)
+        check_number("max_dead_latents", self.max_dead_latents, 0, 1)
+        needs = [name for name in ("early_stopping_patience", "keep_best") if getattr(self, name)]
+        check(not needs or self.eval_steps is not None, f"{' and '.join(needs)} need eval_steps: give it as well.")
         check_integer("logging_steps", self.logging_steps, 1)
         check_integer("save_steps", self.save_steps, 1)

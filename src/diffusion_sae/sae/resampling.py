@@ -1,0 +1,42 @@
+"""Resampling of dead latents: the alternative to AuxK."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .modeling import KSparseAutoencoder, Timesteps
+
+
+@torch.no_grad()
+def resample_(
+    sae: KSparseAutoencoder,
+    optimizer: torch.optim.Optimizer,
+    dead: Bool[Tensor, " num_latents"],
+    features: Float[Tensor, "N d_in"],
+    generator: torch.Generator,
+    timesteps: Timesteps = None,
+) -> int:
+    """Point dead latents at what is reconstructed worst; returns how many.
+
+    Bricken et al. 2023 (Towards Monosemanticity, "Neuron Resampling"): rows are drawn with a probability that grows with the
+    square of their loss; a dead latent's decoder row becomes the row's residual at unit length, its encoder column the same
+    direction at 0.2 of the living columns' mean length, its bias 0, and its moments in Adam are forgotten.
+    """
+    places = torch.nonzero(dead).flatten()
+    if not len(places):
+        return 0
+    output = sae(features, timesteps=timesteps)
+    residual = features.to(sae.dtype) - output.reconstruction
+    weights = residual.pow(2).sum(1).pow(2).double().cpu()
+    rows = torch.multinomial(weights + 1e-30, len(places), replacement=True, generator=generator).to(residual.device)
+    directions = torch.nn.functional.normalize(residual[rows], dim=1)
+    alive = sae.W_enc[:, ~dead]
+    length = alive.norm(dim=0).mean() if alive.shape[1] else sae.W_enc.new_ones(())
+    sae.W_dec[places] = directions
+    sae.W_enc[:, places] = 0.2 * length * directions.T
+    sae.b_enc[places] = 0
+    for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
+        for name, value in optimizer.state[parameter].items():
+            if name != "step" and torch.is_tensor(value):
+                (value.T if parameter is sae.W_enc else value)[places] = 0
+    return len(places)
