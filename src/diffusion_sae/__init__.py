@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from .probes.trainer import ProbeTrainer
     from .probes.training_args import ProbeTrainingArguments
     from .sae.configuration import KSparseAutoencoderConfig
+    from .sae.encoding import encode_features
     from .sae.modeling import KSparseAutoencoder
+    from .sae.sparse_codes import SparseCodes
     from .sae.trainer import SAETrainer
     from .sae.training_args import SAETrainingArguments
 
@@ -28,6 +30,8 @@ _HOMES = {
     "DiffusionProbeConfig": "probes.configuration",
     "ProbeTrainer": "probes.trainer",
     "ProbeTrainingArguments": "probes.training_args",
+    "SparseCodes": "sae.sparse_codes",
+    "encode_features": "sae.encoding",
 }
 __all__ = [
     "DiffusionFeatureExtractor",
@@ -40,6 +44,8 @@ __all__ = [
     "ProbeTrainingArguments",
     "SAETrainer",
     "SAETrainingArguments",
+    "SparseCodes",
+    "encode_features",
 ]
 __version__ = "0.1.0"
 

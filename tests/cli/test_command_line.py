@@ -100,6 +100,15 @@ def test_extract_train_probe_report(store: Path, tmp_path: Path, capsys: pytest.
     assert result["k"] == 4
     assert result["num_latents"] == 192
     assert result["steps"] == 5  # the command line comes before the file
+    encode = ["encode", str(store), "--sae", sae, "--output-dir", str(tmp_path / "encoded"), "--file-rows", "40"]
+    assert main([*encode, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["rows"], result["num_latents"], result["files"]) == (60, 192, 2)
+    assert 0 < result["l0"] <= 4
+    assert main(encode) == 0
+    assert "60 rows in" in capsys.readouterr().out
+    assert main([*encode, "--format", "safetensors"]) == 1
+    assert "with another format" in capsys.readouterr().err
     assert main(["probe", str(store), "--test-store", str(store), "--output-dir", probe, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["test_accuracy"] > 0.5  # it has seen these rows
     assert json.loads((tmp_path / "probe/metrics.json").read_text())["test"]["rows"] == 60
@@ -163,6 +172,7 @@ def test_layers(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "{store}", "--output-dir", "{tmp}/o", "--k", "900000"], "k must be at most"),
         (["train", "{tmp}/none", "--output-dir", "{tmp}/o"], "no feature store"),
         (["train", "{store}"], "needs output_dir"),
+        (["encode", "{store}", "--sae", "x/y"], "encode needs --output-dir"),
         (["train", "{store}", "--output-dir", "{tmp}/o", "--layer", "mid"], "layer must be one of 'up_ft1'"),
         (["train", "{store}", "--config", "{yaml}"], r"does not know 'kk' \(did you mean 'k'\?\)"),
     ],

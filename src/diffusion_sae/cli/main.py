@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "the main job on the embedded model: images → features → k-SAE and probe → a page",
     "extract": "features of images at chosen layers and timesteps, into a store",
     "train": "train a k-sparse autoencoder on a store",
+    "encode": "sparse codes of all features of a store, on the disk",
     "probe": "train a probe on a store",
     "report": "a page of an SAE's latents and their images",
     "push": "push a trained artifact or a feature store to the Hub",

@@ -19,5 +19,9 @@ def _only(name: str, given: Any, values: Sequence[Any]) -> Any:
     return values[0] if given is None else given
 
 
-def select(store: "FeatureStore", args: argparse.Namespace) -> "FeatureSet":
-    return store.select(_only("layer", args.layer, store.layers), _only("timestep", args.timestep, store.timesteps))
+def select(store: "FeatureStore", args: argparse.Namespace, timesteps: Sequence[int] | None = None) -> "FeatureSet":
+    """`timesteps`: what is taken together where no --timestep is given."""
+    layer = _only("layer", args.layer, store.layers)
+    if timesteps is not None and args.timestep is None:
+        return store.select(layer, timesteps)
+    return store.select(layer, _only("timestep", args.timestep, store.timesteps))
