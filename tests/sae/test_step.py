@@ -91,7 +91,7 @@ def assert_same_state(got: TrainingStep, expected: TrainingStep, rtol: float = 1
 def test_fused_equals_backward_and_adam(
     activation: str, model: str, settings: str, superposition: Callable[..., Tensor]
 ) -> None:
-    features = superposition(4 * ROWS)
+    features = superposition(3 * ROWS)
     fused, ordinary = (make_step(activation, model, **SETTINGS[settings]) for _ in range(2))
     assert fused.fused == (activation not in DENSE)
     ordinary.fused = False
