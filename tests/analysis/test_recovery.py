@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig
 from diffusion_sae.analysis.recovery import Recovery, SyntheticDictionary, power_law, recovery
 
 
@@ -80,6 +81,11 @@ class TestSyntheticDictionary:
         assert_close(one.directions.norm(dim=1), torch.ones(20))
         assert torch.equal(one.directions, SyntheticDictionary(num_features=20, d_in=8, active=2, seed=1).directions)
         assert not torch.equal(one.directions, SyntheticDictionary(num_features=20, d_in=8, active=2).directions)
+
+    def test_an_sae_of_the_same_seed_does_not_begin_with_the_truth(self) -> None:
+        truth = SyntheticDictionary(num_features=64, d_in=32, seed=5)
+        config = KSparseAutoencoderConfig(d_in=32, num_latents=128, k=2, init_seed=5)
+        assert recovery(KSparseAutoencoder(config).W_dec, truth.directions).found == 0
 
     def test_rows_follow_from_the_seeds_alone(self) -> None:
         truth = SyntheticDictionary(num_features=20, d_in=8, active=2)

@@ -1,6 +1,7 @@
 """Features with a known dictionary, and how much of it a decoder has found."""
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ class SyntheticDictionary:
         check_number("active", self.active, 0, self.num_features, open_low=True)
         check_number("exponent", self.exponent, 0)
         check_integer("seed", self.seed, 0)
-        drawn = torch.randn(self.num_features, self.d_in, generator=torch.Generator().manual_seed(self.seed))
+        drawn = torch.randn(self.num_features, self.d_in, generator=_generator("directions", self.seed))
         object.__setattr__(self, "directions", drawn / drawn.norm(dim=1, keepdim=True))
         object.__setattr__(self, "frequencies", power_law(self.num_features, self.active, self.exponent))
 
@@ -48,12 +49,18 @@ class SyntheticDictionary:
         """Rows by their seed alone: other rows of the same dictionary with another seed."""
         check_integer("count", count, 0)
         check_integer("seed", seed, 0)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + seed)
+        generator = _generator("rows", self.seed, seed)
         drawn = torch.rand(count, self.num_features, generator=generator)
         row, feature = (drawn < self.frequencies).nonzero(as_tuple=True)
         code = torch.zeros_like(drawn)
         code[row, feature] = torch.rand(len(row), generator=generator) + 0.5
         return code @ self.directions
+
+
+def _generator(*names: object) -> torch.Generator:
+    """One for these names: from the bare seed an SAE of the same `init_seed` would begin with the true directions."""
+    digest = hashlib.sha256(repr(names).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 def power_law(count: int, total: float, exponent: float) -> Float[Tensor, " count"]:
