@@ -20,7 +20,7 @@ from diffusion_sae._training import CHECKPOINT, TrainingDivergedError, step_rows
 from diffusion_sae.features import FeatureSet
 from diffusion_sae.provenance import Provenance, ProvenanceMismatchError
 from diffusion_sae.sae.evaluation import evaluate_sae
-from diffusion_sae.sae.trainer import SAETrainingResult
+from diffusion_sae.sae.results import SAETrainingResult
 
 D_IN, NUM_LATENTS, K = 16, 64, 4
 
@@ -146,6 +146,15 @@ def test_learning_rates_are_those_of_transformers(
         expected.append(scheduler.get_last_lr()[0])
     assert seen == pytest.approx(expected, rel=1e-12, abs=1e-15)
     assert seen[:5] == pytest.approx([peak * n / warmup for n in (1, 2, 3, 4, 5)])
+
+
+def test_the_rate_that_was_used_is_recorded(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    """By default 0.016 / √d_in, here of 16."""
+    sae, seen = make_sae(), []
+    with watch_optimizer(lambda optimizer: seen.append(optimizer.param_groups[0]["lr"])):
+        train(sae, superposition(500), tmp_path, learning_rate=None, warmup_steps=0, max_steps=2, **WATCHED)
+    assert seen == pytest.approx([4e-3, 4e-3])
+    assert sae.metrics["training"]["learning_rate"] == pytest.approx(4e-3)
 
 
 def test_every_row_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:

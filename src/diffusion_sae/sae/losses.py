@@ -1,5 +1,7 @@
 """What an SAE is trained on, each a function of small tensors: no weights, no Hub."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,13 +24,18 @@ def total_variance(target: Tensor) -> Float[Tensor, ""]:
     return torch.linalg.vector_norm(target - target.mean(0)).square()
 
 
-def auxk_loss(estimate: Tensor, residual: Tensor) -> Float[Tensor, ""]:
+def auxk_loss(
+    estimate: Tensor, residual: Tensor, over_processes: Callable[[Tensor], Tensor] | None = None
+) -> Float[Tensor, ""]:
     """Σ‖e − ê‖² / Σ‖e‖², e = x − x̂ without gradient, ê what dead latents make of it (Gao et al. 2024, §A.2).
 
     ê has no b_dec: x̂ has it already, and e is what x̂ leaves over.
     """
     residual = residual.detach()
-    return (estimate - residual).pow(2).sum() / residual.pow(2).sum().clamp_min(1e-12)
+    total = residual.pow(2).sum()
+    if over_processes is not None:  # its mean, so that the mean of the losses is the loss of the whole batch
+        total = over_processes(total)
+    return (estimate - residual).pow(2).sum() / total.clamp_min(1e-12)
 
 
 def l1_penalty(latent_acts: Tensor, decoder_norms: Tensor, target: Tensor) -> Float[Tensor, ""]:

@@ -1,7 +1,7 @@
 """KSparseAutoencoder: the model, free of training and of the Hub's details."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -63,6 +63,8 @@ class KSparseAutoencoder(ArtifactModel):
         if config.timesteps is not None:
             self.register_buffer("timestep_scale", torch.ones(len(config.timesteps)))
         self._collect: SparseGradients | None = None
+        self.over_processes: Callable[[Tensor], Tensor] | None = None
+        """Mean of a number over the processes that train together, if there are several."""
         self.post_init()
 
     @classmethod
@@ -210,7 +212,7 @@ class KSparseAutoencoder(ArtifactModel):
         if auxk and dead_latents is not None and bool(dead_latents.any()):
             dead = torch.nonzero(dead_latents).flatten()
             estimate = self._decoded(self._chosen(rows, k=min(auxk, len(dead)), subset=dead))
-            aux = auxk_loss(rows.scaled(estimate), target - reconstruction)
+            aux = auxk_loss(rows.scaled(estimate), target - reconstruction, self.over_processes)
         return KSparseAutoencoderOutput(
             loss=loss + auxk_alpha * aux + sparsity_coefficient * sparsity,
             reconstruction=reconstruction,

@@ -1,4 +1,4 @@
-"""What an SAE's training begins and ends with: b_dec from the data, the input's scale, folding that scale into the weights."""
+"""What an SAE's training begins and ends with: b_dec from the data, the input's scale, and folding that in."""
 
 import torch
 from jaxtyping import Float
@@ -44,7 +44,7 @@ def geometric_median(rows: Float[Tensor, "n d_in"], steps: int = 100) -> Float[T
 
 @torch.no_grad()
 def set_biases_(sae: KSparseAutoencoder, source: FeatureSource, kind: str, scale: Tensor) -> None:
-    """`b_dec` from the data (of several timesteps each one's, with its scale), in the space that the SAE is trained in."""
+    """`b_dec` from the data (of several timesteps each one's, with its scale), for rows as the SAE is trained on."""
     if sae.config.timesteps is not None:
         moments = source.moments()
         order = [moments.timesteps.index(t) for t in sae.config.timesteps]
@@ -70,18 +70,18 @@ def set_biases_(sae: KSparseAutoencoder, source: FeatureSource, kind: str, scale
 def fold_input_scale_(sae: KSparseAutoencoder, scale: Tensor) -> None:
     """Make an SAE of x / scale one of x: x̂ becomes scale · x̂(x / scale), and the same latents are active.
 
-    A scalar goes into the latents, which are then in units of the features, with their biases and thresholds; the decoder
-    keeps unit norm. A scale for each feature goes into both weights: to give the decoder rows unit norm again would weigh the
-    latents anew, and so change which are the k largest.
+    A scalar goes into the latents, which are then in units of the features, with their biases and thresholds; the
+    decoder keeps unit norm. A scale for each feature goes into both weights: to give the decoder rows unit norm again
+    would weigh the latents anew, and so change which are the k largest.
     """
     scale = scale.to(sae.W_dec)
-    sae.b_dec *= scale
+    sae.b_dec.mul_(scale)
     if scale.ndim == 0:
-        sae.b_enc *= scale
+        sae.b_enc.mul_(scale)
         if sae.config.activation == "jumprelu":
-            sae.log_threshold += scale.log()
+            sae.log_threshold.add_(scale.log())
         elif sae.config.activation == "batchtopk":
-            sae.threshold *= scale
+            sae.threshold.mul_(scale)
         return
-    sae.W_enc /= scale[:, None]
-    sae.W_dec *= scale
+    sae.W_enc.div_(scale[:, None])
+    sae.W_dec.mul_(scale)

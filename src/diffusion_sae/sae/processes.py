@@ -1,7 +1,7 @@
 """One SAE trained by several processes: each computes a share of every batch, all make the same update.
 
-What is exchanged is what the gradients of W_enc and W_dec are sums of, codes and rows: O(batch · (k + d_in)) numbers, where
-the gradients themselves are O(num_latents · d_in).
+What is exchanged is what the gradients of W_enc and W_dec are sums of, codes and rows: O(batch · (k + d_in)) numbers,
+where the gradients themselves are O(num_latents · d_in).
 """
 
 import os
@@ -65,10 +65,9 @@ class SAEProcesses:
         if self.count == 1:
             return value
         value = value.detach()
-        if value.ndim == 2:
-            width = torch.tensor(value.shape[1], device=value.device)
-            distributed.all_reduce(width, op=distributed.ReduceOp.MAX)
-            value = torch.nn.functional.pad(value, (0, int(width) - value.shape[1]), value=padding)
+        width = torch.tensor(value.shape[-1], device=value.device)
+        distributed.all_reduce(width, op=distributed.ReduceOp.MAX)
+        value = torch.nn.functional.pad(value, (0, int(width) - value.shape[-1]), value=padding)
         parts = [torch.empty_like(value) for _ in range(self.count)]
         distributed.all_gather(parts, value.contiguous())
         return torch.cat(parts)

@@ -18,9 +18,9 @@ def resample_(
 ) -> int:
     """Point dead latents at what is reconstructed worst; returns how many.
 
-    Bricken et al. 2023 (Towards Monosemanticity, "Neuron Resampling"): rows are drawn with a probability that grows with the
-    square of their loss; a dead latent's decoder row becomes the row's residual at unit length, its encoder column the same
-    direction at 0.2 of the living columns' mean length, its bias 0, and its moments in Adam are forgotten.
+    Bricken et al. 2023 (Towards Monosemanticity, "Neuron Resampling"): rows are drawn with a probability that grows
+    with the square of their loss; a dead latent's decoder row becomes the row's residual at unit length, its encoder
+    column the same direction at 0.2 of the living columns' mean length, its bias 0, and its moments are forgotten.
     """
     places = torch.nonzero(dead).flatten()
     if not len(places):

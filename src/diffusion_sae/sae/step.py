@@ -45,12 +45,14 @@ class TrainingStep:
     ) -> None:
         self.sae, self.args = sae, args
         self.processes = SAEProcesses(sae.device) if processes is None else processes
+        sae.over_processes = self.processes.mean if self.processes.count > 1 else None
         self.auxk = sae.config.d_in // 2 if args.auxk is None else args.auxk
         # jumprelu and relu have dense gradients
         self.is_sparse = sae.config.activation not in ("jumprelu", "relu")
         self.fused = args.optimizer == "adam" and self.is_sparse
         make: Any = torch.optim.Adam if args.optimizer == "adam" else OPTIMIZERS[args.optimizer]
-        self.optimizer: torch.optim.Optimizer = make(sae.parameters(), lr=args.learning_rate)
+        self.learning_rate = args.peak_learning_rate(sae.config.d_in)
+        self.optimizer: torch.optim.Optimizer = make(sae.parameters(), lr=self.learning_rate)
         self.rows_since_active = torch.zeros(sae.config.num_latents, dtype=torch.long, device=sae.W_dec.device)
 
     def __call__(

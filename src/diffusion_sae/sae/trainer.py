@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,47 +17,24 @@ from .._files import fingerprint_of, require_writable_folder, write_atomically, 
 from .._training import (
     MetricsLogger,
     TrainingDivergedError,
-    hold_out_images,
     load_checkpoint,
     require_finite_loss,
     save_checkpoint,
 )
-from ..features import FeatureSet, FeatureSource, ShuffledBatches, as_feature_set
-from ..provenance import require_same_provenance
+from ..features import FeatureSet, FeatureSource
+from .data import prepare_data
 from .evaluation import SAEMetrics, evaluate_sae
 from .modeling import KSparseAutoencoder
 from .preparation import fold_input_scale_, input_scale, set_biases_
 from .processes import SAEProcesses
 from .resampling import resample_
+from .results import SAECallback, SAETrainingResult
 from .step import StepReport, TrainingStep
 from .training_args import SAETrainingArguments
 
 BEST = "best.safetensors"
 _ADVICE = "Lower learning_rate, or check the features' scale."
 _RECORDS_ONLY = ("output_dir", "logging_steps", "report_to")  # change no number
-
-
-@dataclass(frozen=True)
-class SAETrainingResult:
-    """What a training came to."""
-
-    metrics: SAEMetrics
-    """On the held-out rows; with `eval_fraction=0` on training rows."""
-    steps: int
-    seconds: float
-    """Of this run; a resumed run counts its own part."""
-    history: list[dict[str, float]]
-    """One entry a log line."""
-
-
-class SAECallback:
-    """What a trainer calls; override what you need. A callback that raises ends the training; the checkpoint stays."""
-
-    def on_log(self, trainer: "SAETrainer", step: int, values: dict[str, float]) -> None:
-        """After each log line and evaluation."""
-
-    def on_save(self, trainer: "SAETrainer", step: int) -> None:
-        """After each checkpoint."""
 
 
 class SAETrainer:
@@ -83,8 +59,8 @@ class SAETrainer:
             sae: the model to train, changed in place.
             features: rows (N, d_in) to train on, or a source of batches: `ShuffledBatches`, `extractor.stream(…)`.
             args: how.
-            eval_features: rows to evaluate on; None: `args.eval_fraction` of the images of `features`, held out, or what
-                the source holds out.
+            eval_features: rows to evaluate on; None: `args.eval_fraction` of the images of `features`, held out, or
+                what the source holds out.
             allow_mismatch: train on features of another extraction than the SAE records, and evaluate on others.
             callbacks: called after log lines and checkpoints.
 
@@ -92,86 +68,19 @@ class SAETrainer:
             ValueError: for features of another width, with NaN or infinity, or of another extraction; for too few
                 images to hold some out, or evaluation rows that are all equal.
         """
-        self.sae, self.args, self.callbacks = sae, args, list(callbacks)
+        self.sae, self.callbacks = sae, list(callbacks)
+        self.args = args = dataclasses.replace(args, learning_rate=args.peak_learning_rate(sae.config.d_in))
         self.processes = SAEProcesses(sae.device)
-        self._allow_mismatch = allow_mismatch
-        self.held_out = True
-        if isinstance(features, FeatureSource):
-            self.source: FeatureSource = features
-            self.eval_features = self._given(eval_features) or self._of_source(features)
-        else:
-            self.source, self.eval_features = self._split(as_feature_set(features), eval_features)
-        self._require_trainable()
+        data = prepare_data(
+            sae, features, args, eval_features, allow_mismatch=allow_mismatch, processes=self.processes.count
+        )
+        self.source, self.eval_features, self.held_out = data.source, data.eval_features, data.held_out
         epochs = args.num_train_epochs * self.source.steps_per_epoch
         self.max_steps = args.max_steps or max(1, round(epochs))
         self.step_number = 0
         self.best = sys.float_info.max  # finite, as all of a checkpoint is
         self.evaluations_since_best = 0
         self.logger: MetricsLogger | None = None
-
-    def _given(self, eval_features: FeatureSet | Tensor | None) -> FeatureSet | None:
-        if eval_features is None:
-            return None
-        given = as_feature_set(eval_features)
-        given.require_finite("The evaluation features")
-        self.sae.require_features(given, allow_mismatch=self._allow_mismatch)
-        return given
-
-    def _of_source(self, source: FeatureSource) -> FeatureSet:
-        held_out = source.held_out()
-        if held_out is None:
-            raise ValueError(
-                "The source holds no images out to evaluate on. Give eval_features, or hold some out where it is made."
-            )
-        return held_out
-
-    def _split(
-        self, features: FeatureSet, eval_features: FeatureSet | Tensor | None
-    ) -> tuple[FeatureSource, FeatureSet]:
-        """Batches of the training rows, and the features to evaluate on."""
-        args, rows = self.args, None
-        features.require_finite("The training features")
-        self.sae.require_features(features, allow_mismatch=self._allow_mismatch)
-        given = self._given(eval_features)
-        if given is not None:
-            require_same_provenance(
-                features.provenance, given.provenance, "This training", allow_mismatch=self._allow_mismatch
-            )
-        elif args.eval_fraction == 0:
-            self.held_out = False
-            given = FeatureSet([features[: 8 * args.batch_size]])
-            timesteps = features.timesteps_of(torch.arange(len(given)))
-            given = given if timesteps is None else features
-        else:
-            at_least = 1 if features.rows_per_image > 1 else 2  # a single row has no variance
-            held_out = max(at_least, round(features.num_images * args.eval_fraction))
-            rows, _ = hold_out_images(features, held_out, seed=args.seed)
-        count = len(features) if rows is None else len(rows)
-        batch_size = max(1, min(args.batch_size, count) // self.processes.count * self.processes.count)
-        source = ShuffledBatches(features, batch_size, seed=args.seed, rows=rows)
-        return source, given if given is not None else self._of_source(source)
-
-    def _require_trainable(self) -> None:
-        config, args, source = self.sae.config, self.args, self.source
-        if source.d_in != config.d_in:
-            raise ValueError(f"The SAE takes features of width d_in = {config.d_in}, the source gives {source.d_in}.")
-        if bool((self.eval_features[:] == self.eval_features[:1]).all()):
-            raise ValueError(
-                f"The {len(self.eval_features)} rows to evaluate on are all equal, so that there is no variance to "
-                "explain. Give more images, a larger eval_fraction, or eval_features."
-            )
-        if args.normalize_input != "none" and (config.input_norm != "none" or config.timesteps is not None):
-            raise ValueError(
-                f"normalize_input={args.normalize_input!r} cannot be folded into an SAE with input_norm or timesteps, "
-                "which scale rows themselves. Use normalize_input='none'."
-            )
-        if args.k_anneal_start is not None and not config.k <= args.k_anneal_start <= config.num_latents:
-            raise ValueError(
-                f"k_anneal_start must lie between k = {config.k} and num_latents = {config.num_latents}, got "
-                f"{args.k_anneal_start}."
-            )
-        if args.resample_steps and self.processes.count > 1:
-            raise ValueError("resample_steps works in one process only: use AuxK with several.")
 
     def _run_name(self) -> str:
         """Identifies what a checkpoint belongs to: settings, shape, data."""
@@ -208,7 +117,7 @@ class SAETrainer:
         self.logger = MetricsLogger(args.report_to, self.output_dir, args.to_dict())
         self.stepper = TrainingStep(sae, args, self.processes)
         warmup = min(args.warmup_steps, self.max_steps // 2)
-        self.schedule = get_scheduler(args.lr_scheduler_type, self.stepper.optimizer, warmup, self.max_steps)
+        self.schedule: Any = get_scheduler(args.lr_scheduler_type, self.stepper.optimizer, warmup, self.max_steps)
         self.run_name = self._run_name()
         self.average: dict[str, Tensor] = {}
         with self.processes.main_first():
@@ -263,7 +172,7 @@ class SAETrainer:
 
     def _learning_rate(self, step: int) -> float:
         """From the step's number alone, so that a resumed run needs no scheduler state."""
-        return self.args.learning_rate * self.schedule.lr_lambdas[0](step + 1)
+        return self.stepper.learning_rate * self.schedule.lr_lambdas[0](step + 1)
 
     def _k(self, step: int) -> int | None:
         start, k = self.args.k_anneal_start, self.sae.config.k
@@ -285,7 +194,7 @@ class SAETrainer:
         if dead > self.args.max_dead_latents:
             raise TrainingDivergedError(
                 f"{dead:.0%} of the latents are dead at step {self.step_number}, more than max_dead_latents = "
-                f"{self.args.max_dead_latents:.0%}. Use encoder_init='tied', a larger auxk or resample_steps, or another "
+                f"{self.args.max_dead_latents:.0%}. Use encoder_init='tied', a larger auxk, resample_steps or another "
                 f"learning_rate. The checkpoint in {self.output_dir} is kept."
             )
 

@@ -1,28 +1,34 @@
 """SAETrainingArguments. No torch here: the command line builds its options from these fields."""
 
+import math
 from dataclasses import dataclass
+from typing import Any, Self
 
 from .._config import JsonConfig, check, check_choice, check_integer, check_number
 
 OPTIMIZERS = ("adam", "adamw", "radam", "nadam", "sgd")
 SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt", "polynomial")
+LEARNING_RATE_OF_WIDTH_1 = 0.016  # 2e-3 at d_in 64, 4.5e-4 at 1280
 
 
 @dataclass(frozen=True, kw_only=True)
 class SAETrainingArguments(JsonConfig):
-    """How an SAE is trained. The defaults are Revelio's where it states one."""
+    """How an SAE is trained. The learning rate and its missing warm-up are those that found most of known dictionaries
+    (`docs/results/sae-recovery.json`); the other defaults are Revelio's where it states one. `revelio()` is all of its.
+    """
 
     output_dir: str
     """Folder for the checkpoint and the finished SAE."""
-    learning_rate: float = 4e-4
-    """Peak learning rate of Adam."""
+    learning_rate: float | None = None
+    """Peak learning rate of Adam; None: 0.016 / √d_in, with which the unit-norm decoder rows turn equally fast in every
+    width."""
     optimizer: str = "adam"
     """adam (whose update is fused with the gradients' sums), or torch.optim's adamw, radam, nadam, sgd."""
     micro_batch_size: int | None = None
     """Rows of a step that are computed at a time; None: all."""
     bf16: bool = False
     """Whether the encoder's product is computed in bfloat16; weights and all else stay in fp32."""
-    warmup_steps: int = 500
+    warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     lr_scheduler_type: str = "constant_with_warmup"
     """constant, constant_with_warmup, linear, cosine, inverse_sqrt or polynomial, from transformers."""
@@ -33,8 +39,8 @@ class SAETrainingArguments(JsonConfig):
     num_train_epochs: float = 10.0
     """Passes over the rows, where max_steps is not given."""
     normalize_input: str = "none"
-    """none; scalar: rows are divided by their root mean square; per_feature: by each feature's deviation. Folded into the
-    weights of the finished SAE, which takes features as they are."""
+    """none; scalar: rows are divided by their root mean square; per_feature: by each feature's deviation. Folded into
+    the weights of the finished SAE, which takes features as they are."""
     b_dec_init: str = "mean"
     """mean or geometric_median of the features, or zero."""
     k_anneal_start: int | None = None
@@ -76,9 +82,23 @@ class SAETrainingArguments(JsonConfig):
     report_to: str = "none"
     """none, trackio, tensorboard or wandb."""
 
+    @classmethod
+    def revelio(cls, output_dir: str, **changes: Any) -> Self:
+        """The paper's training: learning rate 4e-4, 500 steps of warm-up, no AuxK.
+
+        It goes with `KSparseAutoencoderConfig(encoder_init="kaiming", activation="signed_topk")`.
+        """
+        return cls(output_dir=output_dir, **({"learning_rate": 4e-4, "warmup_steps": 500, "auxk": 0} | changes))
+
+    def peak_learning_rate(self, d_in: int) -> float:
+        """`learning_rate`, or for None that of the width: Adam moves every entry of a weight by about the learning rate,
+        and so a row of unit norm and d_in entries by √d_in times that."""
+        return LEARNING_RATE_OF_WIDTH_1 / math.sqrt(d_in) if self.learning_rate is None else self.learning_rate
+
     def __post_init__(self) -> None:
         check(bool(self.output_dir), "output_dir must name a folder, got an empty string.")
-        check_number("learning_rate", self.learning_rate, 0, open_low=True)
+        if self.learning_rate is not None:
+            check_number("learning_rate", self.learning_rate, 0, open_low=True)
         check_integer("warmup_steps", self.warmup_steps, 0)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if self.micro_batch_size is not None:
