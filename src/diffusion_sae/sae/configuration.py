@@ -31,7 +31,8 @@ class KSparseAutoencoderConfig(ArtifactConfig):
         timesteps: timesteps of an SAE over several, each with a b_dec and a scale of its own; None: one for all.
         jumprelu_bandwidth: width of the window in which a JumpReLU's threshold gets a gradient.
         encoder_init: `tied`, the encoder starts as the transpose of the unit-norm decoder (Gao et al. 2024, §A.1);
-            `kaiming`, both are drawn independently, as in Revelio.
+            `kaiming`, both are drawn independently, as in Revelio, whose SAE is encoder_init="kaiming" and
+            activation="signed_topk" with `SAETrainingArguments.revelio`.
         init_seed: seed of the initial weights; the global random state is not used.
     """
 
