@@ -34,7 +34,7 @@ def test_make_targets_exist() -> None:
 
 def test_command_line_block_runs(tmp_path: Path) -> None:
     lines = blocks("bash")[1].strip().splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line in lines:
         program, *arguments = shlex.split(line)
         done = subprocess.run(
