@@ -91,8 +91,9 @@ class SAETrainingArguments(JsonConfig):
         return cls(output_dir=output_dir, **({"learning_rate": 4e-4, "warmup_steps": 500, "auxk": 0} | changes))
 
     def peak_learning_rate(self, d_in: int) -> float:
-        """`learning_rate`, or for None that of the width: Adam moves every entry of a weight by about the learning rate,
-        and so a row of unit norm and d_in entries by √d_in times that."""
+        """`learning_rate`, or for None that of the width: Adam moves each entry of a weight by about the learning rate,
+        and so a row of unit norm and d_in entries by √d_in times that.
+        """
         return LEARNING_RATE_OF_WIDTH_1 / math.sqrt(d_in) if self.learning_rate is None else self.learning_rate
 
     def __post_init__(self) -> None:
