@@ -51,14 +51,14 @@ def test_killed_three_times(kind: str, save_steps: int, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
     if kind == "sae":
         history = json.loads((tmp_path / "killed/training_history.json").read_text())
-        assert [entry["step"] for entry in history] == [*range(9, 301, 9), 300]
+        assert [entry["step"] for entry in history if "loss" in entry] == [*range(9, 301, 9), 300]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "save_steps"), [("sae", 1), ("sae", 7), ("probe", 1)])
-def test_killed_twelve_times(kind: str, save_steps: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "save_steps", "kills"), [("sae", 1, 15), ("sae", 7, 15), ("probe", 1, 12)])
+def test_killed_many_times(kind: str, save_steps: int, kills: int, tmp_path: Path) -> None:
     """With a checkpoint every step most kills fall into the writing of one."""
-    progress = train_and_kill(kind, tmp_path, kills=12, seed=save_steps, save_steps=save_steps)
-    assert len(progress) == 12
+    progress = train_and_kill(kind, tmp_path, kills=kills, seed=save_steps, save_steps=save_steps)
+    assert len(progress) == kills
     assert progress[-1] > 0
     assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")

@@ -43,6 +43,12 @@ def train_sae(output_dir: Path, save_steps: int) -> None:
         batch_size=64,
         max_steps=300,
         dead_after_rows=256,  # so that AuxK acts, whose counters are part of the state
+        ema_decay=0.9,
+        normalize_input="scalar",
+        k_anneal_start=16,
+        k_anneal_steps=100,
+        eval_steps=40,
+        keep_best=True,
         logging_steps=9,
         save_steps=save_steps,
     )

@@ -20,7 +20,8 @@ def resample_(
 
     Bricken et al. 2023 (Towards Monosemanticity, "Neuron Resampling"): rows are drawn with a probability that grows
     with the square of their loss; a dead latent's decoder row becomes the row's residual at unit length, its encoder
-    column the same direction at 0.2 of the living columns' mean length, its bias 0, and its moments are forgotten.
+    column the same direction at 0.2 of the living columns' mean length, its bias 0, and its moments are forgotten. With a
+    TopK the length is the living columns' own: a shorter column is never among the k largest, and stays dead.
     """
     places = torch.nonzero(dead).flatten()
     if not len(places):
@@ -33,7 +34,8 @@ def resample_(
     alive = sae.W_enc[:, ~dead]
     length = alive.norm(dim=0).mean() if alive.shape[1] else sae.W_enc.new_ones(())
     sae.W_dec[places] = directions
-    sae.W_enc[:, places] = 0.2 * length * directions.T
+    share = 0.2 if sae.config.activation in ("relu", "jumprelu") else 1.0
+    sae.W_enc[:, places] = share * length * directions.T
     sae.b_enc[places] = 0
     for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
         for name, value in optimizer.state[parameter].items():

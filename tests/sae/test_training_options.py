@@ -1,0 +1,300 @@
+"""What a training can be told beyond the paper's recipe, each against what it claims."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, SAETrainer, SAETrainingArguments
+from diffusion_sae._training import TrainingDivergedError
+from diffusion_sae.features import FeatureSet, ShuffledBatches
+from diffusion_sae.provenance import Provenance
+from diffusion_sae.sae.configuration import ACTIVATIONS
+from diffusion_sae.sae.evaluation import evaluate_sae
+from diffusion_sae.sae.preparation import fold_input_scale_, geometric_median, input_scale
+from diffusion_sae.sae.resampling import resample_
+from diffusion_sae.sae.results import SAECallback
+from diffusion_sae.sae.trainer import BEST, train_together
+
+D_IN, NUM_LATENTS, K = 16, 64, 4
+
+
+def make_sae(**config: Any) -> KSparseAutoencoder:
+    return KSparseAutoencoder(KSparseAutoencoderConfig(**{"d_in": D_IN, "num_latents": NUM_LATENTS, "k": K, **config}))
+
+
+def make_args(output_dir: Path, **changes: Any) -> SAETrainingArguments:
+    settings = {"learning_rate": 3e-3, "warmup_steps": 5, "batch_size": 64, "max_steps": 20, "dead_after_rows": 10_000}
+    return SAETrainingArguments(output_dir=str(output_dir), **(settings | changes))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", ["scalar", "per_feature"])
+def test_folding_the_input_scale_changes_no_output(
+    activation: str, kind: str, superposition: Callable[..., Tensor]
+) -> None:
+    features = superposition(60) * 7 * torch.linspace(0.5, 3, D_IN)
+    source = ShuffledBatches(FeatureSet.from_tensor(features), 20)
+    scale = input_scale(source, kind)
+    sae = make_sae(activation=activation).eval()
+    with torch.no_grad():
+        sae.b_dec.normal_(generator=torch.Generator().manual_seed(0))
+        sae.b_enc.normal_(generator=torch.Generator().manual_seed(1))
+        if activation == "batchtopk":
+            sae.threshold.fill_(0.4)
+        if activation == "jumprelu":
+            sae.log_threshold.fill_(-1.0)
+        before = sae(features / scale)
+        fold_input_scale_(sae, scale)
+        after = sae(features)
+    torch.testing.assert_close(after.reconstruction, before.reconstruction * scale, rtol=1e-4, atol=1e-4)
+    active = [
+        torch.zeros(60, NUM_LATENTS).scatter_add_(1, o.top_indices, (o.top_acts != 0).float()) for o in (before, after)
+    ]
+    assert torch.equal(*active), "other latents are active"
+    assert active[0].sum() > 0
+    if kind == "scalar":
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(NUM_LATENTS))
+
+
+def test_input_scales_are_what_they_say(superposition: Callable[..., Tensor]) -> None:
+    features = superposition(640) * 5
+    source = ShuffledBatches(FeatureSet.from_tensor(features), 64)
+    assert (features / input_scale(source, "scalar")).pow(2).mean().item() == pytest.approx(1, rel=1e-5)
+    torch.testing.assert_close((features / input_scale(source, "per_feature")).std(0), torch.ones(D_IN))
+    assert input_scale(source, "none") == 1
+
+
+@pytest.mark.parametrize("kind", ["scalar", "per_feature"])
+def test_a_normalised_training_gives_an_sae_of_the_features_as_they_are(
+    kind: str, superposition: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    features = superposition(1000) * 50
+    result = SAETrainer(make_sae(), features, make_args(tmp_path, normalize_input=kind, max_steps=150)).train(
+        progress=False
+    )
+    loaded = KSparseAutoencoder.from_pretrained(tmp_path)
+    assert evaluate_sae(loaded, superposition(500, seed=1) * 50).fvu == pytest.approx(result.metrics.fvu, abs=0.1)
+    assert result.metrics.fvu < 0.5
+    again = SAETrainer(make_sae(), features, make_args(tmp_path, normalize_input=kind, max_steps=150)).train(
+        progress=False
+    )
+    assert again.metrics == result.metrics, "a finished run, asked for again, folds the scale once"
+
+
+def test_geometric_median_is_robust_and_right() -> None:
+    rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    torch.testing.assert_close(geometric_median(rows), torch.tensor([0.5, 0.5]))
+    line = torch.tensor([[0.0], [1.0], [2.0], [3.0], [1e6]])  # in one dimension it is the median
+    torch.testing.assert_close(geometric_median(line, steps=2000), torch.tensor([2.0]), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["geometric_median", "zero"])
+def test_b_dec_begins_as_asked(kind: str, superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    features = superposition(300)
+    args = make_args(tmp_path, b_dec_init=kind, eval_fraction=0, batch_size=100)
+    trainer = SAETrainer(make_sae(), features, args)
+    trainer.begin()
+    expected = geometric_median(features) if kind == "geometric_median" else torch.zeros(D_IN)
+    torch.testing.assert_close(trainer.sae.b_dec.detach(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_k_falls_to_its_value(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    trainer = SAETrainer(make_sae(), superposition(300), make_args(tmp_path, k_anneal_start=20, k_anneal_steps=8))
+    assert [trainer._k(step) for step in (0, 2, 4, 7, 8, 30)] == [20, 16, 12, 6, None, None]
+    trainer.begin()
+    report = trainer.advance(superposition(64), None)
+    assert report.top_acts.shape == (64, 20)
+
+
+def test_the_moving_average_is_that_of_the_weights(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    trainer = SAETrainer(make_sae(), superposition(300), make_args(tmp_path, ema_decay=0.5, eval_fraction=0))
+    trainer.begin()
+    expected = trainer.sae.b_enc.detach().clone()
+    for step in range(4):
+        trainer.advance(trainer.source.batch(step), None)
+        decay = min(0.5, (2 + step) / (11 + step))
+        expected = decay * expected + (1 - decay) * trainer.sae.b_enc.detach()
+    torch.testing.assert_close(trainer.average["b_enc"], expected)
+    last = trainer.sae.b_enc.detach().clone()
+    trainer.finish(0.0)
+    torch.testing.assert_close(trainer.sae.b_enc.detach(), expected)
+    assert not torch.equal(last, expected)
+
+
+def test_stops_early_and_keeps_the_best(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    """A rate that is far too high after a good start: the FVU grows, and the best is not the last."""
+    args = make_args(
+        tmp_path,
+        learning_rate=0.3,
+        warmup_steps=100,
+        max_steps=400,
+        eval_steps=5,
+        early_stopping_patience=3,
+        keep_best=True,
+    )
+    result = SAETrainer(make_sae(), superposition(600), args).train(progress=False)
+    fvus = [entry["eval_fvu"] for entry in result.history if "eval_fvu" in entry]
+    assert result.steps < 400
+    assert len(fvus) == fvus.index(min(fvus)) + 1 + 3
+    assert result.metrics.fvu == pytest.approx(min(fvus), rel=1e-6)
+    assert (tmp_path / BEST).exists()
+    again = SAETrainer(make_sae(), superposition(600), args).train(progress=False)
+    assert (again.metrics, again.steps) == (result.metrics, result.steps)
+
+
+def test_dead_latents_are_resampled_to_what_is_left_over(superposition: Callable[..., Tensor]) -> None:
+    sae, features = make_sae(), superposition(200)
+    optimizer = torch.optim.Adam(sae.parameters())
+    sae(features).loss.backward()
+    optimizer.step()
+    dead = torch.zeros(NUM_LATENTS, dtype=torch.bool)
+    dead[[3, 9]] = True
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    residual = (features - sae(features).reconstruction).detach()
+    assert resample_(sae, optimizer, dead, features, torch.Generator().manual_seed(0)) == 2
+    directions = torch.nn.functional.normalize(residual, dim=1)
+    assert (sae.W_dec[dead].detach() @ directions.T).amax(1) == pytest.approx([1, 1], abs=1e-5)
+    length = before["W_enc"][:, ~dead].norm(dim=0).mean()
+    torch.testing.assert_close(sae.W_enc[:, dead].detach(), length * sae.W_dec[dead].detach().T)
+    assert (optimizer.state[sae.W_enc]["exp_avg"][:, dead] == 0).all()
+    assert (optimizer.state[sae.W_dec]["exp_avg_sq"][dead] == 0).all()
+    for name, value in sae.state_dict().items():
+        alive = (value.T if name == "W_enc" else value)[~dead] if name != "b_dec" else value
+        was = (before[name].T if name == "W_enc" else before[name])[~dead] if name != "b_dec" else before[name]
+        assert torch.equal(alive, was), name
+
+
+def test_resampling_revives_in_a_training(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    def dead_after(resample_steps: int | None) -> float:
+        sae = make_sae()
+        with torch.no_grad():
+            sae.W_enc[:, : NUM_LATENTS // 2] *= 0.01
+        args = make_args(
+            tmp_path / str(resample_steps), auxk=0, max_steps=200, dead_after_rows=1000, resample_steps=resample_steps
+        )
+        return SAETrainer(sae, superposition(2000), args).train(progress=False).metrics.dead_latents
+
+    assert dead_after(None) > 0.4
+    assert dead_after(50) < 0.25
+
+
+def test_too_many_dead_latents_stop_with_advice(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    sae = make_sae()
+    with torch.no_grad():
+        sae.W_enc[:, :60] = 0
+    args = make_args(tmp_path, auxk=0, dead_after_rows=64, logging_steps=2, save_steps=1, max_dead_latents=0.5)
+    with pytest.raises(TrainingDivergedError, match=r"9\d% of the latents are dead at step 2.*encoder_init='tied'"):
+        SAETrainer(sae, superposition(300), args).train(progress=False)
+    assert (tmp_path / "checkpoint.safetensors").exists()
+
+
+class TestSeveralInOnePass:
+    def test_each_ends_as_it_would_alone(self, superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+        features = superposition(400)
+
+        def trainers(folder: Path) -> list[SAETrainer]:
+            settings = [{"k": 4}, {"k": 8, "num_latents": 32}, {"activation": "batchtopk"}, {"init_seed": 1}]
+            return [
+                SAETrainer(make_sae(**one), features, make_args(folder / str(i), max_steps=20 + 5 * i))
+                for i, one in enumerate(settings)
+            ]
+
+        together = trainers(tmp_path / "together")
+        results = train_together(together, progress=False)
+        for alone, other, result in zip(trainers(tmp_path / "alone"), together, results, strict=True):
+            assert alone.train(progress=False).metrics == result.metrics
+            for name, value in alone.sae.state_dict().items():
+                assert torch.equal(value, other.sae.state_dict()[name]), name
+
+    def test_goes_on_after_one_was_interrupted(self, superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+        class Stop(SAECallback):
+            def on_save(self, trainer: SAETrainer, step: int) -> None:
+                if step == 8:
+                    raise KeyboardInterrupt
+
+        def trainers(callbacks: tuple[SAECallback, ...]) -> list[SAETrainer]:
+            return [
+                SAETrainer(make_sae(k=k), superposition(400), make_args(tmp_path / str(k), save_steps=4), callbacks=c)
+                for k, c in ((3, callbacks), (5, ()))
+            ]
+
+        with pytest.raises(KeyboardInterrupt):
+            train_together(trainers((Stop(),)), progress=False)
+        stopped = [int(load_file(tmp_path / str(k) / "checkpoint.safetensors")["extra.step"]) for k in (3, 5)]
+        assert stopped == [8, 4]
+        resumed = trainers(())
+        train_together(resumed, progress=False)
+        fresh = SAETrainer(make_sae(k=5), superposition(400), make_args(tmp_path / "fresh", save_steps=4))
+        fresh.train(progress=False)
+        assert torch.equal(fresh.sae.W_enc, resumed[1].sae.W_enc)
+
+    def test_other_orders_of_rows_are_refused(self, superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+        pair = [
+            SAETrainer(make_sae(), superposition(400), make_args(tmp_path / str(seed), seed=seed)) for seed in (0, 1)
+        ]
+        with pytest.raises(ValueError, match=r"same features, batch_size, seed .*got 2 different orders"):
+            train_together(pair, progress=False)
+        with pytest.raises(ValueError, match=r"output_dir each \(got 1\)"):
+            train_together([pair[0], pair[0]], progress=False)
+
+
+def test_callbacks_see_every_line(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Watch(SAECallback):
+        def on_log(self, trainer: SAETrainer, step: int, values: dict[str, float]) -> None:
+            seen.append(("eval" if "eval_fvu" in values else "log", step))
+
+    args = make_args(tmp_path, logging_steps=8, eval_steps=10)
+    SAETrainer(make_sae(), superposition(300), args, callbacks=[Watch()]).train(progress=False)
+    assert seen == [("log", 8), ("eval", 10), ("log", 16), ("log", 20), ("eval", 20)]
+
+
+def test_one_sae_over_several_timesteps(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    """Two timesteps of another mean and scale: with a b_dec and scale each the SAE loses nothing by their mixture."""
+    one, other = superposition(500), superposition(500, seed=1) * 20 - 100
+    provenance = Provenance(
+        model="owner/model", layers=("up_ft1",), timesteps=(25, 100), image_size=64, weights="0123456789abcdef"
+    )
+    features = FeatureSet([one, other], rows_per_image=2, provenance=provenance, timesteps=(25, 100))
+    sae = make_sae(timesteps=[25, 100])
+    result = SAETrainer(sae, features, make_args(tmp_path, max_steps=300)).train(progress=False)
+    assert result.metrics.fvu < 0.3
+    test = superposition(300, seed=2)
+    with torch.no_grad():
+        for timestep, rows in ((25, test), (100, test * 20 - 100)):
+            assert sae(rows, timesteps=timestep).fvu < 0.4
+    torch.testing.assert_close(sae.timestep_scale[1] / sae.timestep_scale[0], torch.tensor(20.0), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "message"),
+    [
+        ({"input_norm": "layer_norm"}, {"normalize_input": "scalar"}, "cannot be folded into an SAE with input_norm"),
+        ({}, {"k_anneal_start": 2}, "k_anneal_start must lie between k = 4 and num_latents = 64, got 2"),
+        ({}, {"keep_best": True}, "keep_best need eval_steps: give it as well"),
+        ({}, {"early_stopping_patience": 2}, "early_stopping_patience need eval_steps"),
+        ({}, {"optimizer": "lion"}, "optimizer must be one of 'adam'"),
+        ({}, {"normalize_input": "rms"}, "normalize_input must be one of 'none', 'scalar', 'per_feature'"),
+        ({}, {"b_dec_init": "median"}, "b_dec_init must be one of 'mean', 'geometric_median', 'zero'"),
+        ({}, {"ema_decay": 1.0}, "ema_decay must be a number ≥ 0 and ≤ 0.999999"),
+        ({}, {"max_dead_latents": 2}, "max_dead_latents must be a number ≥ 0 and ≤ 1"),
+        ({}, {"micro_batch_size": 0}, "micro_batch_size must be an integer ≥ 1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(
+    config: dict[str, Any], given: dict[str, Any], message: str, superposition: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        SAETrainer(make_sae(**config), superposition(100), make_args(tmp_path, **given))
+
+
+def test_history_is_json(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    result = SAETrainer(make_sae(), superposition(200), make_args(tmp_path, eval_steps=10)).train(progress=False)
+    assert json.loads((tmp_path / "training_history.json").read_text()) == result.history
