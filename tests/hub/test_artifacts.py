@@ -99,6 +99,7 @@ class TestContract:
                 "top_indices": (5, 3),
                 "fvu": (),
                 "auxk_loss": (),
+                "sparsity_loss": (),
             }
             assert output.top_indices.dtype == torch.long
         else:

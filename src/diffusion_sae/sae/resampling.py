@@ -21,8 +21,7 @@ def resample_(
     Bricken et al. 2023 (Towards Monosemanticity, "Neuron Resampling"): rows are drawn with a probability that grows
     with the square of their loss; a dead latent's decoder row becomes the row's residual at unit length, its encoder
     column the same direction at 0.2 of the living columns' mean length, its bias 0, and its moments are forgotten. With
-    a
-    TopK the length is the living columns' own: a shorter column is never among the k largest, and stays dead.
+    a TopK the length is the living columns' own: a shorter column is never among the k largest, and stays dead.
     """
     places = torch.nonzero(dead).flatten()
     if not len(places):
