@@ -387,5 +387,5 @@ def test_threads_at_once() -> None:
         for _ in range(5):
             results = pool.map(lambda job: by_size(*encode_top_k(*job, 3)), jobs)
             for (values, indices), (a, b) in zip(results, expected, strict=True):
-                assert torch.equal(values, a)
+                torch.testing.assert_close(values, a)  # the product's last bit depends on the thread that computes it
                 assert torch.equal(indices, b)
