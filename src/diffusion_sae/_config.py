@@ -42,6 +42,18 @@ class JsonConfig:
         return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in content.items()})
 
 
+def exact_keys(cls: type, content: Any, where: str) -> dict[str, Any]:
+    """The content of a file as arguments of a dataclass that has it whole: missing and unknown keys are named."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} is damaged: it holds a {type(content).__name__}, not an object.")  # noqa: TRY004
+    known = [field.name for field in dataclasses.fields(cls)]
+    refuse_unknown(content, known, where)
+    missing = [name for name in known if name not in content]
+    if missing:
+        raise ValueError(f"{where} is damaged: it lacks {', '.join(missing)}.")
+    return content
+
+
 def check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._config import check_choice
 from ._files import write_atomically
 from .features import FeatureSet
-from .features.order import epoch_order, held_out_images
+from .features.order import held_out_images
 
 CHECKPOINT = "checkpoint.safetensors"
 REPORT_TO = ("none", "trackio", "tensorboard", "wandb")
@@ -24,13 +24,6 @@ logger = logging.getLogger(__name__)
 
 class TrainingDivergedError(RuntimeError):
     """The loss stopped being a number; the last checkpoint is kept."""
-
-
-def step_rows(step: int, batch_size: int, count: int, *, seed: int) -> Tensor:
-    """Rows of one step: each row once an epoch; the rows left over at an epoch's end wait for the next order."""
-    per_epoch = max(1, count // batch_size)
-    order = epoch_order(count, seed=seed, epoch=step // per_epoch)
-    return order[(step % per_epoch) * batch_size :][:batch_size]
 
 
 def hold_out_images(features: FeatureSet, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -42,10 +35,6 @@ def hold_out_images(features: FeatureSet, count: int, *, seed: int) -> tuple[Ten
     held = held_out_images(features.num_images, count, seed=seed)
     of_row = held[features.image_index]
     return torch.nonzero(~of_row).flatten(), torch.nonzero(of_row).flatten()
-
-
-def data_fingerprint(features: FeatureSet) -> str:
-    return features.fingerprint()
 
 
 def save_checkpoint(

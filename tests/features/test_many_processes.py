@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_sae import DiffusionFeatureExtractor
-from diffusion_sae.extraction.processes import Processes
+from diffusion_sae._processes import Processes
 from diffusion_sae.features import FeatureStore
 
 SETTINGS = {"layers": ["bottleneck", "up_ft1"], "timesteps": [25, 100], "pooling": "tokens"}

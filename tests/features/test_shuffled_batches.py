@@ -5,10 +5,11 @@ import threading
 import pytest
 import torch
 
-from diffusion_sae._training import hold_out_images, step_rows
+from diffusion_sae._training import hold_out_images
 from diffusion_sae.features import FeatureSet, FeatureSource, FeatureStore, ShuffledBatches, StoreWriter
 from diffusion_sae.features.order import BlockOrder
 from diffusion_sae.provenance import Provenance
+from uniform_order import step_rows
 
 LAYER, TIMESTEPS, IMAGES, POSITIONS, WIDTH = "up_ft1", (25, 700), 40, 6, 4
 ROWS = IMAGES * POSITIONS

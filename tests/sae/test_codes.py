@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, SparseCodes, encode_features
+from diffusion_sae._weights import weights_hash
 from diffusion_sae.features import FeatureSet, FeatureStore, StoreWriter
 from diffusion_sae.provenance import Provenance, ProvenanceMismatchError
-from diffusion_sae.sae import code_files, encoding, sparse_codes
+from diffusion_sae.sae import code_files, sparse_codes
 from diffusion_sae.sae.code import SparseCode
 
 FORMATS = ("parquet", "safetensors")
@@ -362,4 +363,4 @@ def test_the_manifest_names_the_sae_as_it_was_loaded(features: Tensor, tmp_path:
     # under another name it is the same
     again = encode_features(make_sae(), features, tmp_path / "out", **SIZES).manifest
     assert again == manifest
-    assert encoding._weights_hash(sae) == encoding._weights_hash(make_sae())
+    assert manifest.sae["weights"] == weights_hash({"sae": make_sae()}, {})

@@ -16,8 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import get_scheduler
 
 from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, SAETrainer, SAETrainingArguments
-from diffusion_sae._training import CHECKPOINT, TrainingDivergedError, step_rows
-from diffusion_sae.features import FeatureSet
+from diffusion_sae._training import CHECKPOINT, TrainingDivergedError
+from diffusion_sae.features import FeatureSet, ShuffledBatches
 from diffusion_sae.provenance import Provenance, ProvenanceMismatchError
 from diffusion_sae.sae.evaluation import evaluate_sae
 from diffusion_sae.sae.results import SAETrainingResult
@@ -158,13 +158,16 @@ def test_the_rate_that_was_used_is_recorded(superposition: Callable[..., Tensor]
 
 
 def test_every_row_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
-    first = torch.cat([step_rows(step, 5, 20, seed=0) for step in range(4)])
-    second = torch.cat([step_rows(step, 5, 20, seed=0) for step in range(4, 8)])
+    def rows(steps: range, batch_size: int = 5, seed: int = 0) -> Tensor:
+        batches = ShuffledBatches(FeatureSet.from_tensor(torch.zeros(20, 1)), batch_size, seed=seed)
+        return torch.cat([batches.rows_of(step) for step in steps])
+
+    first, second = rows(range(4)), rows(range(4, 8))
     assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(20))
     assert not torch.equal(first, second)
-    assert torch.equal(first[:5], step_rows(0, 5, 20, seed=0))
-    assert not torch.equal(first, torch.cat([step_rows(step, 5, 20, seed=1) for step in range(4)]))
-    short = torch.cat([step_rows(step, 6, 20, seed=0) for step in range(3)])  # two rows wait for the next order
+    assert torch.equal(first[:5], rows(range(1)))
+    assert not torch.equal(first, rows(range(4), seed=1))
+    short = rows(range(3), batch_size=6)  # two rows wait for the next order
     assert len(set(short.tolist())) == 18
 
 
@@ -352,7 +355,7 @@ class TestDivergence:
         features = superposition(400)
         args = make_args(tmp_path, max_steps=20, batch_size=32, save_steps=4, logging_steps=1)
         trainer = SAETrainer(make_sae(), features, args, eval_features=superposition(50, seed=1))
-        bad = step_rows(8, 32, 400, seed=args.seed)[:2]
+        bad = trainer.source.rows_of(8)[:2]
         features[bad] = torch.tensor([[1e25], [-1e25]])
         with pytest.raises(TrainingDivergedError, match=rf"loss became \w+ at step 9.*checkpoint is kept: {tmp_path}"):
             trainer.train(progress=False)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .._weights import weights_hash
 from .conditioning import Conditioning, catch_conditioning, concatenate
 from .families import denoiser_name, family_entry
 from .hooks import ImageStream, run_until_captured
@@ -15,7 +16,6 @@ from .latents import LatentSpace
 from .layers import LayerInfo, canonical_layers, describe_layers, family_of, resolve_layer
 from .noise import noise_batch
 from .schedule import TIME_FORMS, NoiseSchedule
-from .weights import weights_hash
 
 # components that have no part in an activation
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder", "image_processor")

@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .._files import read_json
+from .._weights import weights_hash
 from ..hub.lookup import find_file
 from ..provenance import ExtractorConfig
 from .hooks import ImageStream, run_until_captured
 from .layers import LayerInfo, canonical_layers, describe_layers, resolve_layer
-from .weights import weights_hash
 
 
 class EncoderBackbone:

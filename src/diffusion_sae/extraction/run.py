@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from .._config import check, check_choice
 from .._overlap import Behind
+from .._processes import Processes
 from ..features import FeatureStore, StoreWriter
 from ..provenance import DTYPES
 from .images import ImageError
-from .processes import Processes
 from .reading import Reading, with_texts
 from .sources import ImageSource, open_images
 

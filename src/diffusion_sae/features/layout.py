@@ -12,7 +12,7 @@ is written when the work begins and when it ends, and then holds all marks: a fi
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._config import exact_keys
 from .._files import parse_json
 from ..provenance import Provenance
 
@@ -52,17 +53,6 @@ def repair(name: str) -> str:
     )
 
 
-def _strict(cls: type, content: Any, where: str) -> dict[str, Any]:
-    """The content as arguments of a dataclass; missing and unknown keys are named."""
-    known = [f.name for f in fields(cls)]
-    found = content if isinstance(content, dict) else {}
-    wrong = [f"lacks {name!r}" for name in known if name not in found]
-    wrong += [f"has the unknown {name!r}" for name in found if name not in known]
-    if wrong or not isinstance(content, dict):
-        raise ValueError(f"{where} is damaged or no file of a feature store: it {', '.join(wrong) or 'is no object'}.")
-    return content
-
-
 @dataclass(frozen=True)
 class ShardMark:
     """What a finished shard has beside it."""
@@ -82,7 +72,7 @@ class ShardMark:
 
     @classmethod
     def from_dict(cls, content: Any, where: str) -> Self:
-        return cls(**_strict(cls, content, where))
+        return cls(**exact_keys(cls, content, where))
 
 
 @dataclass(frozen=True)
@@ -164,8 +154,8 @@ class Manifest:
                 f"{where} has format version {version!r}; this library reads {FORMAT_VERSION}. Extract again, or use "
                 "the library's version that wrote it."
             )
-        content = _strict(cls, content, where)
-        parts = [Part(**_strict(Part, part, where)) for part in content["parts"]]
+        content = exact_keys(cls, content, where)
+        parts = [Part(**exact_keys(Part, part, where)) for part in content["parts"]]
         shards = [ShardMark.from_dict(mark, where) for mark in content["shards"]]
         return cls(**content | {"parts": parts, "shards": shards})
 

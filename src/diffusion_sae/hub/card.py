@@ -88,7 +88,7 @@ def write_artifact_card(folder: Path, model: "ArtifactModel", repo_id: str) -> N
     """README.md of an SAE or probe: what the model class says of itself, its extraction and its metrics."""
     text = model.card_text(repo_id)  # type: ignore[operator]
     card = render_card(
-        title=text["title"],
+        title=repo_id.rsplit("/", 1)[-1],
         summary=text["summary"],
         usage=text["usage"],
         data=card_data(model.provenance, text["pipeline_tag"], text["tags"]),

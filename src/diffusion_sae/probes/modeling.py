@@ -140,7 +140,6 @@ class DiffusionProbe(ArtifactModel):
         """What the model card says of this probe."""
         config = self.config
         return {
-            "title": repo_id.rsplit("/", 1)[-1],
             "summary": f"A {config.head} probe on the activations{self.origin()}: {config.num_labels} classes "
             f"({', '.join(list(config.id2label.values())[:10])}{', …' if config.num_labels > 10 else ''}).",
             "usage": "import diffusion_sae  # registers the pipeline\n"

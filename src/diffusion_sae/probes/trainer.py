@@ -15,14 +15,13 @@ from tqdm.auto import tqdm
 from .._files import fingerprint_of, require_writable_folder
 from .._training import (
     MetricsLogger,
-    data_fingerprint,
-    epoch_order,
     hold_out_images,
     load_checkpoint,
     require_finite_loss,
     save_checkpoint,
 )
 from ..features import FeatureSet
+from ..features.order import epoch_order
 from ..provenance import require_same_provenance
 from .heads import LinearHead
 from .modeling import DiffusionProbe
@@ -215,7 +214,7 @@ class ProbeTrainer:
         }
         content |= {key: value for key, value in self.args.to_dict().items() if key not in ("output_dir", "report_to")}
         validation = FeatureSet.from_tensor(*self.validation)
-        content |= {"features": data_fingerprint(self.features), "validation": data_fingerprint(validation)}
+        content |= {"features": self.features.fingerprint(), "validation": validation.fingerprint()}
         return fingerprint_of(content)
 
 

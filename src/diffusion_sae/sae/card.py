@@ -9,15 +9,15 @@ if TYPE_CHECKING:
 def card_text(sae: "KSparseAutoencoder", repo_id: str) -> dict[str, Any]:
     """Content of the card of an SAE that is published as `repo_id`."""
     config = sae.config
+    timesteps = "" if config.timesteps is None else f", timesteps={config.timesteps[0]}"
     return {
-        "title": repo_id.rsplit("/", 1)[-1],
         "summary": f"A k-sparse autoencoder on the activations{sae.origin()}: {config.num_latents:,} latents over "
         f"{config.d_in} dimensions, {config.k} active at a time.",
         "usage": "from diffusion_sae import DiffusionFeatureExtractor, KSparseAutoencoder\n\n"
         f'sae = KSparseAutoencoder.from_pretrained("{repo_id}")\n'
         f'extractor = DiffusionFeatureExtractor.from_pretrained("{repo_id}")  # the one it was trained on\n'
         f'features = next(iter(extractor("image.png").values())).reshape(-1, {config.d_in})\n'
-        "top_acts, top_indices = sae.encode(features)",
+        f"top_acts, top_indices = sae.encode(features{timesteps})",
         "pipeline_tag": "image-feature-extraction",
         "tags": ["sparse-autoencoder", "interpretability"],
         "configuration": [

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .._config import refuse_unknown
+from .._config import exact_keys
 from .._files import fingerprint_of, read_json, sha256_of, write_atomically, write_json
 from .code import SparseCode
 
@@ -171,23 +171,11 @@ class Manifest:
                 f"{path} has format version {content.get('format_version')!r}; this library reads {FORMAT_VERSION}. "
                 "Encode again, or use the library's version that wrote it."
             )
-        return cls(**strict(cls, content, str(path)))
+        return cls(**exact_keys(cls, content, str(path)))
 
 
 def _without(content: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name != key}
-
-
-def strict(cls: type, content: Any, where: str) -> dict[str, Any]:
-    """The content as arguments of a dataclass; missing and unknown keys are named."""
-    known = [f.name for f in dataclasses.fields(cls)]
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} is damaged: it holds a {type(content).__name__}, not an object.")  # noqa: TRY004
-    refuse_unknown(content, known, where)
-    missing = [name for name in known if name not in content]
-    if missing:
-        raise ValueError(f"{where} is damaged: it lacks {', '.join(missing)}.")
-    return content
 
 
 def problem_of(folder: Path, manifest: Manifest, number: int) -> str | None:
@@ -196,7 +184,7 @@ def problem_of(folder: Path, manifest: Manifest, number: int) -> str | None:
     missing = [file.name for file in (path, mark_path) if not file.is_file()]
     if missing:
         return f"{' and '.join(missing)} missing"
-    mark = ShardMark(**strict(ShardMark, read_json(mark_path), str(mark_path)))
+    mark = ShardMark(**exact_keys(ShardMark, read_json(mark_path), str(mark_path)))
     if mark.shard != manifest.mark_of(number) or mark.rows != len(manifest.rows_of(number)):
         return f"{path.name} is of another folder ({mark.shard!r} instead of {manifest.mark_of(number)!r})"
     size = path.stat().st_size

@@ -9,7 +9,8 @@ from ..hub.artifact import ArtifactConfig, refuse_unknown_config_keys
 
 ENCODER_INITS = ("tied", "kaiming")
 TOP_K = ("topk", "relu_topk", "signed_topk")
-ACTIVATIONS = (*TOP_K, "batchtopk", "jumprelu", "relu")
+DENSE = ("jumprelu", "relu")  # any number of latents may be active in training
+ACTIVATIONS = (*TOP_K, "batchtopk", *DENSE)
 INPUT_NORMS = ("none", "layer_norm")
 
 
@@ -80,6 +81,10 @@ class KSparseAutoencoderConfig(ArtifactConfig):
             rising = len(self.timesteps) > 0 and self.timesteps == sorted(set(self.timesteps))
             check(rising, f"timesteps must be different and rising, got {self.timesteps}.")
         super().__post_init__(**kwargs)
+
+    def record(self) -> dict[str, Any]:
+        """The fields above, without what transformers adds."""
+        return {name: getattr(self, name) for name in type(self).__annotations__}
 
     def _check_matryoshka(self) -> None:
         sizes = self.matryoshka_sizes

@@ -1,7 +1,6 @@
 """Sparse codes of a whole FeatureSet, from the disk to the disk."""
 
 import dataclasses
-import hashlib
 import logging
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch import Tensor
 from .._config import check_choice, check_integer
 from .._files import read_json, require_writable_folder
 from .._overlap import Behind, computed_ahead
+from .._weights import weights_hash
 from ..features import FeatureSet, as_feature_set
 from ..provenance import Provenance
 from .code_files import (
@@ -30,7 +30,6 @@ from .code_files import (
     shard_name,
     write_shard,
 )
-from .configuration import KSparseAutoencoderConfig
 from .modeling import KSparseAutoencoder
 from .sparse_codes import SparseCodes
 
@@ -153,7 +152,7 @@ def _split(rows: range, batch_size: int) -> Iterator[range]:
 
 
 def _manifest(sae: KSparseAutoencoder, features: FeatureSet, format: str, file_rows: int) -> Manifest:
-    config = {name: getattr(sae.config, name) for name in KSparseAutoencoderConfig.__annotations__}
+    config = sae.config.record()
     record = features.provenance
     return Manifest(
         kind=KIND,
@@ -165,18 +164,9 @@ def _manifest(sae: KSparseAutoencoder, features: FeatureSet, format: str, file_r
         file_rows=file_rows,
         rows_per_image=features.rows_per_image,
         timesteps=list(features.of_timesteps),
-        sae={"name": sae.name_or_path or None, "config": config, "weights": _weights_hash(sae)},
+        sae={"name": sae.name_or_path or None, "config": config, "weights": weights_hash({"sae": sae}, {})},
         features={"fingerprint": features.fingerprint(), "provenance": None if record is None else record.to_dict()},
     )
-
-
-def _weights_hash(sae: KSparseAutoencoder) -> str:
-    """16 hex digits of a SHA-256 over all tensors, by name and content."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def _begin_or_continue(folder: Path, wanted: Manifest) -> tuple[Manifest, list[int]]:

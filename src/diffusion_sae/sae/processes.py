@@ -4,30 +4,18 @@ What is exchanged is what the gradients of W_enc and W_dec are sums of, codes an
 where the gradients themselves are O(num_latents · d_in).
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, distributed
 
+from .._processes import Processes
 from .sparse import SparseGradients
 
 
-class SAEProcesses:
-    """The processes that `accelerate launch` started; a single one waits for nothing and exchanges nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.rank, self.count = 0, 1
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            from accelerate import PartialState
-
-            state = PartialState(cpu=device.type == "cpu")
-            self.rank, self.count = state.process_index, state.num_processes
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
+class SAEProcesses(Processes):
+    """Processes that exchange numbers; a single one waits for nothing and exchanges nothing."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -43,7 +31,7 @@ class SAEProcesses:
         if self.count > 1 and self.is_main:
             distributed.barrier()
 
-    def from_main(self, value: Tensor) -> Tensor:
+    def broadcast(self, value: Tensor) -> Tensor:
         """The main process's numbers, written into `value` everywhere."""
         if self.count > 1:
             shared = value.detach().contiguous()
@@ -77,7 +65,11 @@ class SAEProcesses:
         if self.count == 1:
             return gradients
         shared = SparseGradients(gradients.latents)
+        gathered: dict[int, Tensor] = {}  # encoder and decoder share the indices of a code
         for mine, all_of_them in ((gradients.W_enc, shared.W_enc), (gradients.W_dec, shared.W_dec)):
             for indices, weights, dense in mine:
-                all_of_them.append((self.gather(indices), self.gather(weights) / self.count, self.gather(dense)))
+                if indices.data_ptr() not in gathered:
+                    gathered[indices.data_ptr()] = self.gather(indices)
+                every = gathered[indices.data_ptr()]
+                all_of_them.append((every, self.gather(weights) / self.count, self.gather(dense)))
         return shared

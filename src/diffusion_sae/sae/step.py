@@ -44,7 +44,7 @@ class TrainingStep:
         self, sae: KSparseAutoencoder, args: SAETrainingArguments, processes: SAEProcesses | None = None
     ) -> None:
         self.sae, self.args = sae, args
-        self.processes = SAEProcesses(sae.device) if processes is None else processes
+        self.processes = SAEProcesses(cpu=sae.device.type == "cpu") if processes is None else processes
         sae.over_processes = self.processes.mean if self.processes.count > 1 else None
         self.auxk = sae.config.d_in // 2 if args.auxk is None else args.auxk
         # jumprelu and relu have dense gradients

@@ -71,7 +71,7 @@ class SAETrainer:
         """
         self.sae, self.callbacks = sae, list(callbacks)
         self.args = args = dataclasses.replace(args, learning_rate=args.peak_learning_rate(sae.config.d_in))
-        self.processes = SAEProcesses(sae.device)
+        self.processes = SAEProcesses(cpu=sae.device.type == "cpu")
         data = prepare_data(
             sae, features, args, eval_features, allow_mismatch=allow_mismatch, processes=self.processes.count
         )
@@ -126,11 +126,11 @@ class SAETrainer:
                 self.output_dir, sae, self.stepper.optimizer, run=self.run_name, history=self.logger.history
             )
         if extra is None:
-            self.scale = self.processes.from_main(input_scale(self.source, args.normalize_input))
+            self.scale = self.processes.broadcast(input_scale(self.source, args.normalize_input))
             set_biases_(sae, self.source, args.b_dec_init, self.scale)
             sae.normalize_decoder_()
             for value in sae.state_dict().values():
-                self.processes.from_main(value)
+                self.processes.broadcast(value)
             self.average = {} if args.ema_decay is None else {n: p.detach().clone() for n, p in sae.named_parameters()}
             return
         self.stepper.rows_since_active.copy_(extra["rows_since_active"])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._files import fingerprint_of
+from ._files import fingerprint_of
 
 
 def weights_hash(networks: Mapping[str, nn.Module], settings: Mapping[str, Any]) -> str:
