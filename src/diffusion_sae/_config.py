@@ -47,10 +47,14 @@ def exact_keys(cls: type, content: Any, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{where} is damaged: it holds a {type(content).__name__}, not an object.")  # noqa: TRY004
     known = [field.name for field in dataclasses.fields(cls)]
-    refuse_unknown(content, known, where)
-    missing = [name for name in known if name not in content]
-    if missing:
-        raise ValueError(f"{where} is damaged: it lacks {', '.join(missing)}.")
+    missing, unknown = [n for n in known if n not in content], [n for n in content if n not in known]
+    wrong = [
+        f"{what} {', '.join(map(str, names))}"
+        for what, names in (("lacks", missing), ("has the unknown", unknown))
+        if names
+    ]
+    if wrong:
+        raise ValueError(f"{where} is damaged: it {' and '.join(wrong)}.")
     return content
 
 

@@ -117,6 +117,20 @@ def test_extract_train_probe_report(store: Path, tmp_path: Path, capsys: pytest.
     assert "up_ft1" in Path(page).read_text()
 
 
+def test_options_with_several_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An SAE over two timesteps, with nested dictionaries: lists of the config, which are no tuples."""
+    store, sae = str(tmp_path / "store"), str(tmp_path / "sae")
+    extraction = ["--layers", "up_ft1", "--timesteps", "25", "100", "--limit", "60"]
+    assert main(["extract", "fashion-mnist-mini", store, *extraction]) == 0
+    shape = ["--timesteps", "25", "100", "--num-latents", "64", "--matryoshka-sizes", "16", "64", "--k", "4"]
+    assert main(["train", store, "--output-dir", sae, *shape, "--max-steps", "3"]) == 0
+    config = json.loads((tmp_path / "sae/config.json").read_text())
+    assert (config["timesteps"], config["matryoshka_sizes"]) == ([25, 100], [16, 64])
+    capsys.readouterr()
+    assert main(["encode", store, "--sae", sae, "--output-dir", str(tmp_path / "encoded"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 120
+
+
 def test_extract_says_where_it_goes_on_and_what_it_did(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

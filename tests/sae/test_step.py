@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, optim
 
 from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, SAETrainingArguments
 from diffusion_sae._training import load_checkpoint, save_checkpoint
 from diffusion_sae.sae import step as step_module
 from diffusion_sae.sae.configuration import ACTIVATIONS
-from diffusion_sae.sae.step import OPTIMIZERS, StepReport, TrainingStep
+from diffusion_sae.sae.step import StepReport, TrainingStep
+from diffusion_sae.sae.training_args import OPTIMIZERS
 
 D_IN, NUM_LATENTS, K, ROWS, LEARNING_RATE = 16, 48, 4, 32, 1e-2
 DENSE = ("jumprelu", "relu")
@@ -194,12 +195,13 @@ def test_a_checkpoint_of_either_way_continues_the_other(superposition: Callable[
         assert_same_state(second, expected)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", sorted(set(OPTIMIZERS) - {"adam"}))
 @pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
 def test_other_optimizers(optimizer: str, activation: str, superposition: Callable[..., Tensor]) -> None:
     step = make_step(activation, optimizer=optimizer)
     assert not step.fused
-    assert type(step.optimizer) is OPTIMIZERS[optimizer]
+    classes = {"adamw": optim.AdamW, "radam": optim.RAdam, "nadam": optim.NAdam, "sgd": optim.SGD}
+    assert type(step.optimizer) is classes[optimizer]
     reports = [report for _ in range(5) for report in run(step, superposition(4 * ROWS))]
     assert reports[-1].loss.item() < reports[0].loss.item()
     assert step.optimizer.param_groups[0]["lr"] == LEARNING_RATE

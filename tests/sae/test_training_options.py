@@ -280,6 +280,12 @@ def test_one_sae_over_several_timesteps(superposition: Callable[..., Tensor], tm
         ({}, {"k_anneal_start": 2}, "k_anneal_start must lie between k = 4 and num_latents = 64, got 2"),
         ({}, {"keep_best": True}, "keep_best need eval_steps: give it as well"),
         ({}, {"early_stopping_patience": 2}, "early_stopping_patience need eval_steps"),
+        (
+            {"activation": "relu"},
+            {"multi_topk_alpha": 0.125},
+            "are for TopK activations and batchtopk, this SAE's is 'relu'",
+        ),
+        ({"activation": "jumprelu"}, {"k_anneal_start": 8}, "this SAE's is 'jumprelu'. Leave them out"),
         ({}, {"optimizer": "lion"}, "optimizer must be one of 'adam'"),
         ({}, {"normalize_input": "rms"}, "normalize_input must be one of 'none', 'scalar', 'per_feature'"),
         ({}, {"b_dec_init": "median"}, "b_dec_init must be one of 'mean', 'geometric_median', 'zero'"),
@@ -293,6 +299,30 @@ def test_options_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         SAETrainer(make_sae(**config), superposition(100), make_args(tmp_path, **given))
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_dense_latents_are_held_in_training_alone(
+    activation: str, superposition: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae, features = make_sae(activation=activation), superposition(60)
+    dense = sae.train()(features)
+    monkeypatch.setattr(KSparseAutoencoder, "_dense_pass", lambda *_: pytest.fail("rows × latents were computed"))
+    sparse = sae.eval()(features)
+    torch.testing.assert_close(sparse.reconstruction, dense.reconstruction)
+    assert sparse.loss.item() == pytest.approx(dense.loss.item(), rel=1e-5)
+    assert evaluate_sae(sae.train(), features).fvu == pytest.approx(dense.fvu.item(), rel=1e-5)
+    assert sae.training
+
+
+def test_the_best_of_an_earlier_run_is_not_taken(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    """A folder whose checkpoint was deleted to train anew."""
+    args = make_args(tmp_path, eval_steps=10, keep_best=True)
+    SAETrainer(make_sae(), superposition(300), args).train(progress=False)
+    (tmp_path / "checkpoint.safetensors").unlink()
+    trainer = SAETrainer(make_sae(k=5), superposition(300), args)
+    trainer.begin()
+    assert not (tmp_path / BEST).exists()
 
 
 def test_history_is_json(superposition: Callable[..., Tensor], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+SEVERAL = ("tuple[", "list[")  # fields with several values
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -64,11 +65,11 @@ def _number(text: str) -> int | float:
 
 def _parser_of(annotation: str) -> Any:
     base = annotation.removesuffix(" | None")
-    if base.startswith("tuple["):
-        base = base[6:].split(",")[0]
+    if base.startswith(SEVERAL):
+        base = base.partition("[")[2].rstrip("]").split(",")[0]
     base = "str" if base.startswith("str | ") else base  # what can be an object as well is named on the command line
     convert: Any = {"int": int, "float": float, "str": str}.get(base, _number)
-    if not annotation.endswith("| None"):
+    if annotation.startswith(SEVERAL) or not annotation.endswith("| None"):
         return convert
 
     def optional(text: str) -> Any:
@@ -93,16 +94,21 @@ def add_options(
         if option.annotation == "bool":
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            many: dict[str, Any] = {"nargs": "+"} if option.annotation.startswith("tuple") else {}
+            many: dict[str, Any] = {"nargs": "+"} if option.annotation.startswith(SEVERAL) else {}
             kind = _parser_of(option.annotation)
             group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar="…", help=text, **many)
 
 
 def given(args: argparse.Namespace, source: str, class_name: str, leave_out: Iterable[str] = ()) -> dict[str, Any]:
     """The options of a config class that were given, on the command line or in --config."""
-    names = [o.name for o in fields_of(source, class_name) if o.name not in leave_out]
-    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    values: dict[str, Any] = {}
+    for option in fields_of(source, class_name):
+        if option.name in leave_out or not hasattr(args, option.name):
+            continue
+        value = getattr(args, option.name)
+        is_tuple = isinstance(value, list) and option.annotation.startswith("tuple[")
+        values[option.name] = tuple(value) if is_tuple else value
+    return values
 
 
 EXTRACTOR = ("provenance.py", "ExtractorConfig")

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from .. import FeatureStore, KSparseAutoencoder, KSparseAutoencoderConfig, SAETrainer, SAETrainingArguments
 
-    features = select(FeatureStore(args.store), args)
+    features = select(FeatureStore(args.store), args, getattr(args, "timesteps", None))
     training = SAETrainingArguments.from_dict(given(args, *SAE_TRAINING))
     config = KSparseAutoencoderConfig(d_in=features.d_in, **given(args, *SAE, leave_out=("d_in",)))
     sae = KSparseAutoencoder(config).to(args.device)

@@ -208,8 +208,9 @@ class DiffusionBackbone:
         try:
             activations = self._meta_activations(module_paths, conditioning.to(torch.device("meta")))
         except RuntimeError as error:
-            # torch's two answers where a forward asks for a value, which a meta tensor does not have: Lumina 2 reads
-            # the lengths of its texts. The shapes of a real forward are the same; any other error is the model's.
+            # A forward that asks for a value, which a meta tensor does not have, ends in one of two errors: Lumina 2
+            # reads the lengths of its texts. A real forward has the same shapes, so that the result does not change.
+            # Any other error is the model's. By its text, as torch raises `.item()` on meta as a bare RuntimeError.
             if not isinstance(error, NotImplementedError) and "meta tensors" not in str(error):
                 raise
             sample = torch.zeros(conditioning.sample_shape, device=self.device, dtype=self.dtype)

@@ -96,7 +96,8 @@ class ArtifactModel(PreTrainedModel):
         source = resolve_source(str(pretrained_model_name_or_path))
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # else transformers raises without naming the tensors
-        # else transformers reads a pickle where there is no safetensors file, and reading a pickle runs its code
+        # safe files: without it transformers takes pytorch_model.bin where there is no safetensors file, and reading
+        # that format can run code of whoever made it; with it such an artifact is refused
         kwargs["use_safetensors"] = True
         try:
             loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)

@@ -3,7 +3,7 @@
 | name | z | source |
 |---|---|---|
 | `topk` | ReLU(TopK_k(p)) | Gao et al. 2024 (arXiv 2406.04093), §2.3 |
-| `relu_topk` | TopK_k(ReLU(p)) | sparsify; the same z as `topk`, but latents at 0 are told apart from unchosen ones |
+| `relu_topk` | TopK_k(ReLU(p)) | sparsify; the same z as `topk`, kept by name for what is loaded from there |
 | `signed_topk` | TopK_k(p), signs kept | Revelio (arXiv 2411.16725), §3.2, as published |
 | `batchtopk` | ReLU(p) among the B·k largest of B rows; later p > θ | Bussmann et al. 2024 (arXiv 2412.06410), §3 |
 | `jumprelu` | p_i where p_i > θ_i, θ learned | Rajamanoharan et al. 2024 (arXiv 2407.14435), §3 |

@@ -8,6 +8,7 @@ from torch import Tensor
 from .._training import hold_out_images
 from ..features import FeatureSet, FeatureSource, ShuffledBatches, as_feature_set
 from ..provenance import require_same_provenance
+from .configuration import DENSE
 from .modeling import KSparseAutoencoder
 from .training_args import SAETrainingArguments
 
@@ -100,6 +101,11 @@ def _require_options(sae: KSparseAutoencoder, args: SAETrainingArguments, proces
         raise ValueError(
             f"k_anneal_start must lie between k = {config.k} and num_latents = {config.num_latents}, got "
             f"{args.k_anneal_start}."
+        )
+    if config.activation in DENSE and (args.multi_topk_alpha or args.k_anneal_start is not None):
+        raise ValueError(
+            f"multi_topk_alpha and k_anneal_start are for TopK activations and batchtopk, this SAE's is "
+            f"{config.activation!r}. Leave them out."
         )
     if args.resample_steps and processes > 1:
         raise ValueError("resample_steps works in one process only: use AuxK with several.")

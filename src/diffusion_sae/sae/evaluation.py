@@ -37,7 +37,7 @@ def evaluate_sae(
     error = variance = active = 0.0
     alive = torch.zeros(sae.config.num_latents, dtype=torch.bool, device=sae.device)
     training = sae.training
-    sae.eval()
+    sae.eval()  # a row's latents must not depend on the others, nor all of them be held
     for start, batch in zip(range(0, len(features), batch_size), features.batches(batch_size), strict=True):
         timesteps = None
         if sae.config.timesteps is not None:

@@ -17,7 +17,7 @@ from ..provenance import require_same_provenance
 from .activations import JumpReLU, Step, batch_top_k
 from .card import card_text
 from .code import KSparseAutoencoderOutput, SparseCode
-from .configuration import TOP_K, KSparseAutoencoderConfig
+from .configuration import DENSE, TOP_K, KSparseAutoencoderConfig
 from .initialisation import initial_weights
 from .losses import auxk_loss, l0_penalty, l1_penalty, normalized_mse, total_variance
 from .rows import Rows, Timesteps, checked_features, timestep_index
@@ -180,7 +180,8 @@ class KSparseAutoencoder(ArtifactModel):
         multi_topk_alpha: float = 0.0,
         sparsity_coefficient: float = 0.0,
     ) -> KSparseAutoencoderOutput:
-        """Reconstruct features. In training mode batchtopk chooses among all rows of the batch.
+        """Reconstruct features. In training mode batchtopk chooses among all rows of the batch, and relu and jumprelu
+        compute all latents, for their penalties; in evaluation mode a row's latents are those of `encode`.
 
         Args:
             features: (N, d_in).
@@ -196,7 +197,7 @@ class KSparseAutoencoder(ArtifactModel):
         rows = self._rows(features, timesteps)
         target = features.to(self.dtype)
         sparsity = target.new_zeros(())
-        if self.config.activation in ("relu", "jumprelu"):
+        if self.config.activation in DENSE and self.training:
             code, decoded, sparsity = self._dense_pass(rows, target)
             reconstruction = rows.back(decoded)
             loss, error = NormalizedMSE.apply(reconstruction, target)  # type: ignore[misc]
@@ -204,7 +205,7 @@ class KSparseAutoencoder(ArtifactModel):
             more = None
             if multi_topk_alpha:  # one product for both: the k largest are among the 4 k largest
                 more = self._chosen(rows, k=min(4 * (k or self.config.k), self.config.num_latents))
-            code = self._training_code(rows, k, more)
+            code = self._code(rows, k, more)
             reconstruction, loss, error = self._nested(rows, code, target)
             if more is not None:
                 loss = loss + multi_topk_alpha * normalized_mse(rows.back(self._decoded(more)), target)
@@ -223,7 +224,7 @@ class KSparseAutoencoder(ArtifactModel):
             sparsity_loss=sparsity.detach(),
         )
 
-    def _training_code(self, rows: Rows, k: int | None, more: SparseCode | None) -> SparseCode:
+    def _code(self, rows: Rows, k: int | None, more: SparseCode | None) -> SparseCode:
         if self.config.activation in TOP_K and more is not None:
             best = more.top_acts.detach().topk(k or self.config.k, dim=1, sorted=False).indices
             return SparseCode(more.top_acts.gather(1, best), more.top_indices.gather(1, best))

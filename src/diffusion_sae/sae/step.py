@@ -7,18 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from .configuration import DENSE
 from .modeling import KSparseAutoencoder, Timesteps
 from .processes import SAEProcesses
 from .sparse import ByLatent, SparseGradients
-from .training_args import SAETrainingArguments
+from .training_args import OPTIMIZERS, SAETrainingArguments
 
 LATENT_BLOCK = 1024  # 5 MB of gradient at d_in 1280: stays in the cache between its sum and its use
-OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
-    "radam": torch.optim.RAdam,
-    "nadam": torch.optim.NAdam,
-    "sgd": torch.optim.SGD,
-}
 
 
 @dataclass(frozen=True)
@@ -47,10 +42,8 @@ class TrainingStep:
         self.processes = SAEProcesses(cpu=sae.device.type == "cpu") if processes is None else processes
         sae.over_processes = self.processes.mean if self.processes.count > 1 else None
         self.auxk = sae.config.d_in // 2 if args.auxk is None else args.auxk
-        # jumprelu and relu have dense gradients
-        self.is_sparse = sae.config.activation not in ("jumprelu", "relu")
-        self.fused = args.optimizer == "adam" and self.is_sparse
-        make: Any = torch.optim.Adam if args.optimizer == "adam" else OPTIMIZERS[args.optimizer]
+        self.fused = args.optimizer == "adam" and sae.config.activation not in DENSE
+        make: Any = getattr(torch.optim, OPTIMIZERS[args.optimizer])
         self.learning_rate = args.peak_learning_rate(sae.config.d_in)
         self.optimizer: torch.optim.Optimizer = make(sae.parameters(), lr=self.learning_rate)
         self.rows_since_active = torch.zeros(sae.config.num_latents, dtype=torch.long, device=sae.W_dec.device)
@@ -190,11 +183,12 @@ class TrainingStep:
         """1, or what brings the norm of all gradients down to `max_grad_norm`; the sums are formed once more for it."""
         if self.args.max_grad_norm is None:
             return 1.0
-        total = sum(float(p.grad.pow(2).sum()) for p in small if p.grad is not None)
+        squares = [p.grad.pow(2).sum() for p in small if p.grad is not None]
         for low in range(0, self.sae.config.num_latents, LATENT_BLOCK):
             block = slice(low, min(low + LATENT_BLOCK, self.sae.config.num_latents))
-            total += sum(float(gradient.pow(2).sum()) for gradient in sums.block(block, self.sae.W_dec))
-        return min(1.0, self.args.max_grad_norm / (total**0.5 + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+            squares += [gradient.pow(2).sum() for gradient in sums.block(block, self.sae.W_dec)]
+        norm = torch.stack(squares).double().sum().sqrt().item()  # one wait for the device
+        return min(1.0, self.args.max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
 
     def _update_by_optimizer(self, learning_rate: float) -> None:
         sae = self.sae

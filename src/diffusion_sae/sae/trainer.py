@@ -79,26 +79,16 @@ class SAETrainer:
         epochs = args.num_train_epochs * self.source.steps_per_epoch
         self.max_steps = args.max_steps or max(1, round(epochs))
         self.step_number = 0
+        self.scale = torch.ones(())
         self.best = sys.float_info.max  # finite, as all of a checkpoint is
         self.evaluations_since_best = 0
-        self.logger: MetricsLogger | None = None
 
     def _run_name(self) -> str:
         """Identifies what a checkpoint belongs to: settings, shape, data."""
-        shape = (
-            "d_in",
-            "num_latents",
-            "k",
-            "activation",
-            "matryoshka_sizes",
-            "input_norm",
-            "timesteps",
-            "encoder_init",
-        )
         return fingerprint_of(
             {
                 "args": {k: v for k, v in self.args.to_dict().items() if k not in _RECORDS_ONLY},
-                "config": {k: getattr(self.sae.config, k) for k in (*shape, "init_seed", "jumprelu_bandwidth")},
+                "config": self.sae.config.record(),
                 "source": self.source.fingerprint(),
             }
         )
@@ -126,6 +116,8 @@ class SAETrainer:
                 self.output_dir, sae, self.stepper.optimizer, run=self.run_name, history=self.logger.history
             )
         if extra is None:
+            if self.processes.is_main:
+                (self.output_dir / BEST).unlink(missing_ok=True)  # of a run whose checkpoint was deleted
             self.scale = self.processes.broadcast(input_scale(self.source, args.normalize_input))
             set_biases_(sae, self.source, args.b_dec_init, self.scale)
             sae.normalize_decoder_()
@@ -182,7 +174,6 @@ class SAETrainer:
         return round(start + (k - start) * step / self.args.k_anneal_steps)
 
     def _log(self, values: dict[str, float]) -> None:
-        assert self.logger is not None  # begin() made it
         if self.processes.is_main:
             self.logger.log(self.step_number, values)
         for callback in self.callbacks:
@@ -236,7 +227,6 @@ class SAETrainer:
             "evaluations_since_best": torch.tensor(self.evaluations_since_best),
             **{f"ema.{name}": value for name, value in self.average.items()},
         }
-        assert self.logger is not None  # begin() made it
         if self.processes.is_main:
             optimizer, history = self.stepper.optimizer, self.logger.history
             save_checkpoint(self.output_dir, self.sae, optimizer, extra, run=self.run_name, history=history)
@@ -245,17 +235,15 @@ class SAETrainer:
 
     def evaluate(self) -> SAEMetrics:
         """FVU, L0 and dead latents on the held-out rows (with `eval_fraction=0` on training rows)."""
-        scale = getattr(self, "scale", torch.ones(()))
         rows = self.eval_features
-        if scale.ndim or scale != 1:
-            rows = FeatureSet.from_tensor(rows[:] / scale)
+        if self.scale.ndim or self.scale != 1:
+            rows = FeatureSet.from_tensor(rows[:] / self.scale)
         return evaluate_sae(self.sae, rows, allow_mismatch=True)
 
     def finish(self, seconds: float) -> SAETrainingResult:
         """Take the best or averaged weights, fold the input's scale in, measure and save."""
         sae, args = self.sae, self.args
         sae.eval()
-        assert self.logger is not None  # begin() made it
         if args.keep_best and (self.output_dir / BEST).exists():
             sae.load_state_dict(load_file(self.output_dir / BEST))
         else:
@@ -310,21 +298,22 @@ def train_together(trainers: Sequence[SAETrainer], *, progress: bool = True) -> 
         stack.enter_context(closing(source))
         for trainer in trainers:
             trainer.begin()
-            if trainer.logger is not None:
-                stack.enter_context(closing(trainer.logger))
+            stack.enter_context(closing(trainer.logger))
         last = max(trainer.max_steps for trainer in trainers)
         first = min((trainer.step_number for trainer in trainers if not trainer.done), default=last)
         hide = not progress or not processes.is_main
         with tqdm(total=last, initial=first, desc="train k-SAE", unit="step", disable=hide) as bar:
             for step in range(first, last):
-                turn = [t for t in trainers if t.step_number == step and not t.done]
-                if not turn and all(trainer.done for trainer in trainers):
+                if all(trainer.done for trainer in trainers):
                     break
+                bar.update()
+                turn = [t for t in trainers if t.step_number == step and not t.done]
+                if not turn:  # all that are not done were resumed further on
+                    continue
                 batch = source.batch(step, *processes.place)
                 timesteps = source.timesteps_of(step, *processes.place)
                 reports = [trainer.advance(batch, timesteps) for trainer in turn]
-                bar.update()
-                if reports and step % 10 == 0:
+                if step % 10 == 0:
                     bar.set_postfix(loss=f"{reports[0].loss.item():.4f}", fvu=f"{reports[0].fvu.item():.4f}")
         seconds = time.perf_counter() - started
         return [trainer.finish(seconds) for trainer in trainers]

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from .._config import JsonConfig, check, check_choice, check_integer, check_number
 
-OPTIMIZERS = ("adam", "adamw", "radam", "nadam", "sgd")
+OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "radam": "RAdam", "nadam": "NAdam", "sgd": "SGD"}  # of torch.optim
 SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt", "polynomial")
 LEARNING_RATE_OF_WIDTH_1 = 0.016  # 2e-3 at d_in 64, 4.5e-4 at 1280
 
@@ -19,16 +19,17 @@ class SAETrainingArguments(JsonConfig):
     """
 
     output_dir: str
-    """Folder for the checkpoint and the finished SAE."""
+    """Folder for the checkpoint and the finished SAE; several processes must all see it."""
     learning_rate: float | None = None
     """Peak learning rate of Adam; None: 0.016 / √d_in, with which the unit-norm decoder rows turn equally fast in every
     width."""
     optimizer: str = "adam"
     """adam (whose update is fused with the gradients' sums), or torch.optim's adamw, radam, nadam, sgd."""
     micro_batch_size: int | None = None
-    """Rows of a step that are computed at a time; None: all."""
+    """Rows of a step that are computed at a time; None: all. Batchtopk chooses among these, and AuxK is their ratio."""
     bf16: bool = False
-    """Whether the encoder's product is computed in bfloat16; weights and all else stay in fp32."""
+    """Whether the encoder's product (of relu and jumprelu also the decoder's) is computed in bfloat16; weights and all
+    else stay in fp32."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     lr_scheduler_type: str = "constant_with_warmup"
