@@ -9,8 +9,6 @@ weights at 512 px (the sweep at 256 px) in fp32. A target is printed beside its 
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import machine
 from PIL import Image
 from torch import Tensor
 
@@ -38,23 +37,6 @@ SIZES = {  # images a batch, rounds, rounds of the slowest comparison
     "tiny-sd": (32, 15, 5),
     "sd15": (1, 3, 1),
 }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def machine() -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    return {
-        "device": device,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "load_at_start": os.getloadavg()[0],
-    }
 
 
 def seconds(call: Callable[[], object]) -> float:

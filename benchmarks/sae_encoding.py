@@ -11,8 +11,6 @@ its time. The sides take turns, and which is first alternates; the ratio is one 
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 
 from diffusion_sae import FeatureStore, KSparseAutoencoder, KSparseAutoencoderConfig, SparseCodes, encode_features
 from diffusion_sae._files import write_json
@@ -31,17 +30,6 @@ from diffusion_sae.sae.sparse import row_block
 
 KEY = ("up_ft1", 25)
 SHARD_IMAGES = 16_384
-
-
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "processor": next((x.split(": ")[1] for x in info if x.startswith("model name")), platform.processor()),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "load_at_start": os.getloadavg()[0],
-    }
 
 
 def write_store(folder: Path, rows: int, width: int) -> FeatureSet:

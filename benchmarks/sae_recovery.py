@@ -12,8 +12,6 @@ active in none of 65,536 held-out rows, `explained` 1 − FVU on these.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from transformers import get_scheduler
 
 from diffusion_sae._files import write_json
@@ -66,16 +65,6 @@ class Recipe:
         names = ("learning_rate", "warmup_steps", "auxk", "dead_after_rows", "lr_scheduler_type")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return SAETrainingArguments(output_dir="unused", batch_size=BATCH, **given)
-
-
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return {
-        "processor": next((x.split(": ")[1] for x in info if x.startswith("model name")), platform.processor()),
-        "cores": os.cpu_count(),
-        "threads_of_a_run": 1,
-        "torch": torch.__version__,
-    }
 
 
 def train(recipe: Recipe, setting: Setting, seed: int, steps: int = STEPS) -> dict[str, Any]:
@@ -224,7 +213,7 @@ def main() -> None:
         parts["comparison"] = comparison_runs(args.seeds, SETTINGS[: args.settings])
     result: dict[str, Any] = {
         "command": f"python benchmarks/sae_recovery.py {' '.join(sys.argv[1:])}",
-        "machine": machine(),
+        "machine": machine() | {"threads_of_a_run": 1},
         "batch_rows": BATCH,
         "held_out_rows": HELD_OUT,
         "active_directions": SyntheticDictionary().active,

@@ -16,8 +16,6 @@ one batch.
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
@@ -27,6 +25,7 @@ from typing import Any
 
 import psutil
 import torch
+from machine import machine
 
 from diffusion_sae._files import read_json, write_json
 
@@ -39,20 +38,6 @@ TARGETS_AT_1280 = {"sparsify": 1.4, "sae-lens": 4.0, "dictionary-learning": 4.0,
 LIMIT_TARGET = 1.35
 MEMORY_SHAPES = ("1024,1280,81920,32", "8192,1280,81920,32", "65536,1280,81920,32")
 IMPORTS_GB = 0.6  # a process with PyTorch, transformers and a peer
-
-
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return {
-        "processor": next((x.split(": ")[1] for x in lines if x.startswith("model name")), platform.processor()),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "torch": torch.__version__,
-        "load_at_start": os.getloadavg()[0],
-    }
 
 
 def fit_together(shape: Shape, contenders: Sequence[str], device: str) -> bool:
@@ -189,7 +174,8 @@ def main() -> None:
     results: dict[str, Any] = {"shapes": {}, "memory": {}, "contenders": {}}
     if args.out.is_file():
         results = read_json(args.out)
-    here = machine() | {"rounds": args.rounds, "device": args.device}
+    command = f"python benchmarks/sae_training.py --rounds {args.rounds} --contenders {' '.join(args.contenders)}"
+    here = machine() | {"rounds": args.rounds, "device": args.device, "command": command}
     print(json.dumps(here), flush=True)
     with ExitStack() as stack:
         clients = [Client(name) for name in args.contenders] if args.shapes else []

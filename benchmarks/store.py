@@ -10,8 +10,6 @@ peak with these pages stands beside. Batches of both sides take turns; their rat
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import machine
 
 from diffusion_sae._files import write_json
 from diffusion_sae.features import FeatureStore, StoreWriter
@@ -34,18 +33,6 @@ from diffusion_sae.provenance import Provenance
 KEY, WIDTH, BATCH, TOKENS = ("up_ft1", 25), 64, 4096, 64
 IMAGES = {"tokens": 32_768, "pooled": 2_097_152}  # 2,097,152 rows each
 SHARD_IMAGES = {"tokens": 1024, "pooled": 65_536}  # 8 MiB of features a shard
-
-
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "processor": next((x.split(": ")[1] for x in info if x.startswith("model name")), platform.processor()),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "load_at_start": os.getloadavg()[0],
-    }
 
 
 def memory(field: str) -> float:
