@@ -202,13 +202,6 @@ class TestByLatent:
         torch.testing.assert_close(sums, self.product(*code)[low:high])
         assert (sums[1 - low % 2 :: 2] == 0).all(), "odd latents have no pairs"
 
-    def test_rows_of_a_larger_matrix(self, code: tuple[Tensor, Tensor, Tensor]) -> None:
-        indices, weights, _ = code
-        rows = torch.randperm(100, generator=torch.Generator().manual_seed(3))[:25]
-        dense = draw(100, 6, seed=4)
-        sums = ByLatent.of(indices, self.LATENTS, rows).sums(weights, dense)
-        torch.testing.assert_close(sums, self.product(indices, weights, dense[rows]))
-
     def test_no_pairs_at_all(self) -> None:
         by_latent = ByLatent.of(torch.zeros(0, 4, dtype=torch.long), 5)
         assert torch.equal(by_latent.sums(torch.zeros(0, 4), draw(3, 6)), torch.zeros(5, 6))

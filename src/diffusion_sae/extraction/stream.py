@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +161,12 @@ class OnTheFlyFeatures(BufferedBatches):
         )
 
     def fingerprint(self) -> str:
-        """See `FeatureSource.fingerprint`; decodes a few images."""
+        """See `FeatureSource.fingerprint`."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Decodes a few images."""
         source, images = self._reading.source, self.images.tolist()
         data = DataRecord.of(source.names, source.labels, source.class_names, 1, self._reading.texts)
         checked = [self._reading.load(row).id for row in images[:: max(1, len(images) // CHECKED_IMAGES)]]

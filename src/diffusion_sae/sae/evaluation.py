@@ -38,17 +38,19 @@ def evaluate_sae(
     alive = torch.zeros(sae.config.num_latents, dtype=torch.bool, device=sae.device)
     training = sae.training
     sae.eval()  # a row's latents must not depend on the others, nor all of them be held
-    for start, batch in zip(range(0, len(features), batch_size), features.batches(batch_size), strict=True):
-        timesteps = None
-        if sae.config.timesteps is not None:
-            timesteps = features.timesteps_of(torch.arange(start, start + len(batch)))
-        batch = batch.to(sae.device)
-        output = sae(batch, timesteps=timesteps)
-        error += (batch.double() - output.reconstruction.double()).pow(2).sum().item()
-        variance += (batch.double() - mean).pow(2).sum().item()
-        active += (output.top_acts != 0).sum().item()
-        alive[output.top_indices[output.top_acts != 0]] = True
-    sae.train(training)
+    try:
+        for start, batch in zip(range(0, len(features), batch_size), features.batches(batch_size), strict=True):
+            timesteps = None
+            if sae.config.timesteps is not None:
+                timesteps = features.timesteps_of(torch.arange(start, start + len(batch)))
+            batch = batch.to(sae.device)
+            output = sae(batch, timesteps=timesteps)
+            error += (batch.double() - output.reconstruction.double()).pow(2).sum().item()
+            variance += (batch.double() - mean).pow(2).sum().item()
+            active += (output.top_acts != 0).sum().item()
+            alive[output.top_indices[output.top_acts != 0]] = True
+    finally:
+        sae.train(training)
     if variance == 0:
         raise ValueError("All rows are equal, so that there is no variance to explain. Evaluate on more images.")
     return SAEMetrics(error / variance, active / len(features), 1 - alive.float().mean().item(), len(features))

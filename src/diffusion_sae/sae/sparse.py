@@ -165,12 +165,11 @@ class ByLatent:
     """Where each latent's pairs begin, and the end."""
 
     @classmethod
-    def of(cls, indices: Int[Tensor, "N k"], latents: int, rows: Int[Tensor, " N"] | None = None) -> "ByLatent":
-        """Of rectangular codes; `rows` says which row of a dense matrix each is, else they are counted."""
+    def of(cls, indices: Int[Tensor, "N k"], latents: int) -> "ByLatent":
+        """Of rectangular codes."""
         flat, order = torch.sort(indices.reshape(-1), stable=True)
-        row = order // indices.shape[1]
         offsets = torch.searchsorted(flat, torch.arange(latents + 1, device=flat.device))
-        return cls(row if rows is None else rows[row], order, offsets)
+        return cls(order // indices.shape[1], order, offsets)
 
     def sums(
         self, weights: Float[Tensor, "N k"], dense: Float[Tensor, "rows d_in"], low: int = 0, high: int | None = None
