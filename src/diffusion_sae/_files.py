@@ -33,6 +33,15 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         write(temporary)
 
 
+def remove_leftovers(folder: str | Path, *names: str) -> None:
+    """Delete what killed runs left half-written of files with these names (patterns of glob)."""
+    own = (f".{name}.*.tmp" for name in names)  # as `atomic_path` names them
+    for pattern in (*own, ".tmp??????"):  # the last is what safetensors itself writes to first
+        for leftover in Path(folder).glob(pattern):
+            if leftover.is_file():
+                leftover.unlink()
+
+
 def write_json(path: str | Path, content: Any) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

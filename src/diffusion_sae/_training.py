@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._config import check_choice
-from ._files import write_atomically
+from ._files import remove_leftovers, write_atomically
 from .features import FeatureSet
 from .features.order import held_out_images
 
@@ -64,9 +64,7 @@ def load_checkpoint(
     Raises:
         ValueError: if the checkpoint belongs to a run with other settings or other features.
     """
-    # of a run that was killed while it wrote; the second is what safetensors itself writes to first
-    for leftover in [*folder.glob(f".{CHECKPOINT}.*.tmp"), *folder.glob(".tmp??????")]:
-        leftover.unlink()
+    remove_leftovers(folder, "*.safetensors", "*.json")
     path = folder / CHECKPOINT
     if not path.exists():
         return None

@@ -377,7 +377,8 @@ PUSH_LARGE = """
     from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig
     sae = KSparseAutoencoder(KSparseAutoencoderConfig(d_in=1280))
     sae.push_to_hub(sys.argv[1])
-    print(json.dumps({n: hashlib.sha256(p.detach().contiguous().numpy()).hexdigest() for n, p in sae.named_parameters()}))
+    values = {n: p.detach().contiguous().numpy() for n, p in sae.named_parameters()}
+    print(json.dumps({n: hashlib.sha256(value).hexdigest() for n, value in values.items()}))
 """
 LOAD_LARGE = """
     import hashlib, json, sys, torch
@@ -385,7 +386,8 @@ LOAD_LARGE = """
     sae = KSparseAutoencoder.from_pretrained(sys.argv[1])
     code = sae.encode(torch.ones(1, 1280))
     assert code.top_indices.shape == (1, 32)
-    print(json.dumps({n: hashlib.sha256(p.detach().contiguous().numpy()).hexdigest() for n, p in sae.named_parameters()}))
+    values = {n: p.detach().contiguous().numpy() for n, p in sae.named_parameters()}
+    print(json.dumps({n: hashlib.sha256(value).hexdigest() for n, value in values.items()}))
 """
 
 

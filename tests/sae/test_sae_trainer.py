@@ -21,6 +21,7 @@ from diffusion_sae.features import FeatureSet, ShuffledBatches
 from diffusion_sae.provenance import Provenance, ProvenanceMismatchError
 from diffusion_sae.sae.evaluation import evaluate_sae
 from diffusion_sae.sae.results import SAETrainingResult
+from diffusion_sae.sae.trainer import BEST
 
 D_IN, NUM_LATENTS, K = 16, 64, 4
 
@@ -342,7 +343,8 @@ class TestResuming:
     def test_what_a_killed_run_left_half_written_is_removed(
         self, superposition: Callable[..., Tensor], tmp_path: Path
     ) -> None:
-        leftovers = [tmp_path / f".{CHECKPOINT}.abc.tmp", tmp_path / ".tmpZ4QZbd"]
+        names = (f".{CHECKPOINT}.abc.tmp", f".{BEST}.4_7oq4ol.tmp", ".training_history.json.x.tmp", ".tmpZ4QZbd")
+        leftovers = [tmp_path / name for name in names]
         for leftover in leftovers:
             leftover.write_bytes(b"half")
         train(make_sae(), superposition(300), tmp_path, max_steps=2)

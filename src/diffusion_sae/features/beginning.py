@@ -116,13 +116,6 @@ def _continue(folder: Path, what: str, manifest: Manifest, found: dict[int, Shar
     return manifest, part, missing
 
 
-def remove_leftovers(folder: Path) -> None:
-    """What killed runs left half-written; the last pattern is what safetensors itself writes to first."""
-    for pattern in (".shard-*.tmp", f".{MANIFEST}.*.tmp", ".tmp??????"):
-        for leftover in folder.glob(pattern):
-            leftover.unlink()
-
-
 @dataclass(frozen=True)
 class _Continued:
     """A store that is there already, and the data set whose images it may hold."""

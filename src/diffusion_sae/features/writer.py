@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._config import check_choice
-from .._files import sha256_of, write_atomically, write_json
+from .._files import remove_leftovers, sha256_of, write_atomically, write_json
 from ..provenance import DTYPES, Provenance
-from .beginning import DataRecord, begin_or_continue, remove_leftovers
+from .beginning import DataRecord, begin_or_continue
 from .checks import finished_shards
 from .columns import INDEX_SCHEMA
 from .layout import DATA, INDEX, MANIFEST, MARK, Manifest, Part, ShardMark, shard_name, tensor_name
@@ -123,7 +123,7 @@ class StoreWriter:
             source_names=source_names,
             other_image=other_image,
         )
-        remove_leftovers(self.folder)
+        remove_leftovers(self.folder, "shard-*", MANIFEST)
 
     @classmethod
     def joining(cls, folder: str | Path, state: tuple[Manifest, Part, list[int]]) -> Self:

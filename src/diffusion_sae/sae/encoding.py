@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._config import check_choice, check_integer
-from .._files import read_json, require_writable_folder
+from .._files import read_json, remove_leftovers, require_writable_folder
 from .._overlap import Behind, computed_ahead
 from .._weights import weights_hash
 from ..features import FeatureSet, as_feature_set
@@ -177,10 +177,7 @@ def _begin_or_continue(folder: Path, wanted: Manifest) -> tuple[Manifest, list[i
     else:
         manifest = Manifest.read(folder)
         _require_same(folder, manifest, wanted)
-    # of killed runs; the second is what safetensors itself writes to first
-    for pattern in (".codes-*.tmp", ".tmp??????", f".{MANIFEST}.*.tmp"):
-        for leftover in folder.glob(pattern):
-            leftover.unlink()
+    remove_leftovers(folder, "codes-*", MANIFEST)
     problems = {number: problem_of(folder, manifest, number) for number in range(manifest.num_shards)}
     missing = [number for number, problem in problems.items() if problem is not None]
     for problem in problems.values():
