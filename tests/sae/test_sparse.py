@@ -302,21 +302,25 @@ class TestDecodeRows:
 
     def test_gradients_equal_dense_autograd(self) -> None:
         tensors, probe = [draw(4, 3), draw(10, 6, seed=1)], draw(4, 6, seed=2)
-        torch.testing.assert_close(DecodeRows.apply(tensors[0], self.INDICES, tensors[1], None), self.densely(*tensors))
-        got = gradients_of(lambda a, w: (DecodeRows.apply(a, self.INDICES, w, None) * probe).sum(), tensors)
+        torch.testing.assert_close(DecodeRows.apply(tensors[0], self.INDICES, tensors[1], None, None), self.densely(*tensors))
+        got = gradients_of(lambda a, w: (DecodeRows.apply(a, self.INDICES, w, None, None) * probe).sum(), tensors)
         expected = gradients_of(lambda a, w: (self.densely(a, w) * probe).sum(), tensors)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
-    def test_gradcheck(self) -> None:
-        tensors = [draw(4, 3, dtype=torch.float64), draw(10, 6, seed=1, dtype=torch.float64)]
-        leaves = [tensor.requires_grad_() for tensor in tensors]
-        assert torch.autograd.gradcheck(lambda a, w: DecodeRows.apply(a, self.INDICES, w, None), leaves)
+    @pytest.mark.parametrize("bias_rows", [(), (4,)], ids=["one bias", "a bias each"])
+    def test_gradcheck(self, bias_rows: tuple[int, ...]) -> None:
+        shapes = [(4, 3), (10, 6), (*bias_rows, 6)]
+        acts, W_dec, bias = (draw(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(shapes))
+        leaves = [tensor.requires_grad_() for tensor in (acts, W_dec, bias)]
+        assert torch.autograd.gradcheck(lambda a, w, b: DecodeRows.apply(a, self.INDICES, w, b, None), leaves)
+        decoded = DecodeRows.apply(acts, self.INDICES, W_dec, bias, None)
+        torch.testing.assert_close(decoded, self.densely(acts, W_dec) + bias)
 
     def test_collect_and_twice_backward(self) -> None:
         acts, W_dec = draw(4, 3).requires_grad_(), draw(10, 6, seed=1).requires_grad_()
         notes = SparseGradients(10)
-        loss = DecodeRows.apply(acts, self.INDICES, W_dec, notes).square().sum()
+        loss = DecodeRows.apply(acts, self.INDICES, W_dec, None, notes).square().sum()
         loss.backward(retain_graph=True)
         loss.backward()
         expected = gradients_of(lambda a, w: self.densely(a, w).square().sum(), [acts.detach(), W_dec.detach()])

@@ -153,11 +153,11 @@ class KSparseAutoencoder(ArtifactModel):
             )
         index = self._timestep_index(timesteps, len(code.top_acts))
         if index is None:
-            return self._decoded(code) + self.b_dec
-        return self.timestep_scale[index, None] * (self._decoded(code) + self.b_dec[index])
+            return self._decoded(code, self.b_dec)
+        return self.timestep_scale[index, None] * self._decoded(code, self.b_dec[index])
 
-    def _decoded(self, code: SparseCode) -> Float[Tensor, "N d_in"]:
-        return DecodeRows.apply(code.top_acts, code.top_indices, self.W_dec, self._collect)  # type: ignore[misc]
+    def _decoded(self, code: SparseCode, bias: Tensor | None = None) -> Float[Tensor, "N d_in"]:
+        return DecodeRows.apply(code.top_acts, code.top_indices, self.W_dec, bias, self._collect)  # type: ignore[misc]
 
     @contextmanager
     def sparse_gradients(self) -> Iterator[SparseGradients]:
@@ -208,7 +208,7 @@ class KSparseAutoencoder(ArtifactModel):
             code = self._code(rows, k, more)
             reconstruction, loss, error = self._nested(rows, code, target)
             if more is not None:
-                loss = loss + multi_topk_alpha * normalized_mse(rows.back(self._decoded(more)), target)
+                loss = loss + multi_topk_alpha * normalized_mse(rows.back(self._decoded(more, rows.bias)), target)
         aux = target.new_zeros(())
         if auxk and dead_latents is not None and bool(dead_latents.any()):
             dead = torch.nonzero(dead_latents).flatten()
@@ -245,7 +245,7 @@ class KSparseAutoencoder(ArtifactModel):
             if len(sizes) > 1:
                 inside = (code.top_indices >= low) & (code.top_indices < high)
                 own = SparseCode(code.top_acts * inside, code.top_indices)
-            part = self._decoded(own)
+            part = self._decoded(own, rows.bias if low == 0 else None)
             decoded = part if low == 0 else decoded + part
             reconstruction = rows.back(decoded)
             loss, error = NormalizedMSE.apply(reconstruction, target)  # type: ignore[misc]
@@ -263,7 +263,7 @@ class KSparseAutoencoder(ArtifactModel):
             threshold, width = self.log_threshold.exp(), self.config.jumprelu_bandwidth
             latent_acts: Tensor = JumpReLU.apply(pre_acts, threshold, width)  # type: ignore[assignment]
             sparsity = l0_penalty(Step.apply(pre_acts, threshold, width), self.config.k)  # type: ignore[arg-type]
-        return SparseCode.of_dense(latent_acts.detach()), latent_acts @ self.W_dec, sparsity
+        return SparseCode.of_dense(latent_acts.detach()), latent_acts @ self.W_dec + rows.bias, sparsity
 
     @torch.no_grad()
     def update_threshold_(self, top_acts: Tensor, rate: float = 0.01) -> None:

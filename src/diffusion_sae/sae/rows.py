@@ -42,8 +42,8 @@ class Rows(NamedTuple):
         return decoded if self.scale is None else self.scale * decoded
 
     def back(self, decoded: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
-        """shift + scale · (decoded + bias)."""
-        scaled = self.scaled(decoded + self.bias)
+        """shift + scale · decoded, to which the bias was added."""
+        scaled = self.scaled(decoded)
         return scaled if self.shift is None else self.shift + scaled
 
 

@@ -256,17 +256,27 @@ class Encode(torch.autograd.Function):
 
 
 class DecodeRows(torch.autograd.Function):
-    """`decode_rows`, whose gradient in W_dec PyTorch's own operator forms pair by pair; `collect` as in `Encode`."""
+    """`decode_rows` + bias, one for all rows or one each, with the gradient in W_dec by latents, where PyTorch's own
+    operator forms it pair by pair; `collect` as in `Encode`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, acts: Tensor, indices: Tensor, W_dec: Tensor, collect: SparseGradients | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        acts: Tensor,
+        indices: Tensor,
+        W_dec: Tensor,
+        bias: Tensor | None,
+        collect: SparseGradients | None,
+    ) -> Tensor:
         with torch.set_grad_enabled(ctx.needs_input_grad[0]):
             leaf = acts.detach().requires_grad_(ctx.needs_input_grad[0])
             decoded = decode_rows(leaf, indices, W_dec)
         ctx.inner = (leaf, decoded)  # the gradient in acts is PyTorch's own: ⟨gradient of the row, W_dec[i]⟩
         ctx.save_for_backward(acts, indices, W_dec)
-        ctx.collect = collect
-        return decoded.detach()
+        ctx.collect, ctx.one_bias = collect, bias is not None and bias.ndim == 1
+        result = decoded.detach()
+        return result if bias is None else result.add_(bias)  # in place: a large batch has few arrays of its size
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -280,27 +290,28 @@ class DecodeRows(torch.autograd.Function):
             ctx.collect.W_dec.append((indices, acts, gradient))
         elif ctx.needs_input_grad[2]:
             to_weights = ByLatent.of(indices, len(W_dec)).sums(acts, gradient)
-        return to_acts, None, to_weights, None
+        to_bias = (gradient.sum(0) if ctx.one_bias else gradient) if ctx.needs_input_grad[3] else None
+        return to_acts, None, to_weights, to_bias, None
 
 
 class NormalizedMSE(torch.autograd.Function):
-    """(mean over rows of ‖x̂ − x‖² / ‖x‖², Σ‖x̂ − x‖²): one pass over the rows each way."""
+    """(mean over rows of ‖x̂ − x‖² / ‖x‖², Σ‖x̂ − x‖²). The error is formed in both directions rather than kept."""
 
     @staticmethod
     def forward(ctx: Any, reconstruction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         error = reconstruction - target
         lengths = torch.linalg.vector_norm(target, dim=1).square_().clamp_min_(torch.finfo(target.dtype).tiny)
         squares = torch.linalg.vector_norm(error, dim=1).square_()
-        ctx.save_for_backward(error, lengths, target, squares)
+        ctx.save_for_backward(reconstruction, lengths, target, squares)
         total = squares.sum()
         ctx.mark_non_differentiable(total)
         return (squares / lengths).mean(), total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
-        error, lengths, target, squares = ctx.saved_tensors
-        scale = (gradients[0] * 2 / (len(error) * lengths))[:, None]
-        to_reconstruction = error * scale
+        reconstruction, lengths, target, squares = ctx.saved_tensors
+        scale = (gradients[0] * 2 / (len(target) * lengths))[:, None]
+        to_reconstruction = (reconstruction - target).mul_(scale)
         if not ctx.needs_input_grad[1]:
             return to_reconstruction, None
         return to_reconstruction, -to_reconstruction - target * (scale * (squares / lengths)[:, None])
