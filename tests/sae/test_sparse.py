@@ -302,7 +302,9 @@ class TestDecodeRows:
 
     def test_gradients_equal_dense_autograd(self) -> None:
         tensors, probe = [draw(4, 3), draw(10, 6, seed=1)], draw(4, 6, seed=2)
-        torch.testing.assert_close(DecodeRows.apply(tensors[0], self.INDICES, tensors[1], None, None), self.densely(*tensors))
+        torch.testing.assert_close(
+            DecodeRows.apply(tensors[0], self.INDICES, tensors[1], None, None), self.densely(*tensors)
+        )
         got = gradients_of(lambda a, w: (DecodeRows.apply(a, self.INDICES, w, None, None) * probe).sum(), tensors)
         expected = gradients_of(lambda a, w: (self.densely(a, w) * probe).sum(), tensors)
         for a, b in zip(got, expected, strict=True):
