@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from machine import machine
-from transformers import get_scheduler
 
 from diffusion_sae._files import write_json
 from diffusion_sae.analysis.recovery import SyntheticDictionary, recovery
 from diffusion_sae.sae.configuration import KSparseAutoencoderConfig
 from diffusion_sae.sae.modeling import KSparseAutoencoder
+from diffusion_sae.sae.schedule import learning_rate_factor
 from diffusion_sae.sae.step import TrainingStep
 from diffusion_sae.sae.training_args import SAETrainingArguments
 
@@ -84,11 +84,11 @@ def train(recipe: Recipe, setting: Setting, seed: int, steps: int = STEPS) -> di
         sae.b_dec.copy_(truth.rows(PART, 2 * STEPS).mean(0))
     step = TrainingStep(sae, args)
     rate = args.peak_learning_rate(setting.d_in)
-    schedule = get_scheduler(args.lr_scheduler_type, step.optimizer, args.warmup_steps, steps)
+    factor = learning_rate_factor(args, step.optimizer, steps)
     started = time.perf_counter()
     on_the_way = {}
     for number in range(steps):
-        step(truth.rows(BATCH, number), rate * schedule.lr_lambdas[0](number + 1))  # type: ignore[attr-defined]
+        step(truth.rows(BATCH, number), rate * factor(number + 1))
         if number + 1 in LOOKS:
             dead = float((step.rows_since_active >= HELD_OUT).float().mean())
             on_the_way[str(number + 1)] = [round(recovery(sae.W_dec, truth.directions).found, 4), round(dead, 4)]

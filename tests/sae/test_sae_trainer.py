@@ -72,19 +72,20 @@ def test_learns_superposed_features(superposition: Callable[..., Tensor], tmp_pa
     assert result.history[-1]["loss"] < result.history[0]["loss"]
 
 
-def test_auxk_revives_latents_that_plain_training_leaves_dead(
+def test_what_revives_latents_that_plain_training_leaves_dead(
     superposition: Callable[..., Tensor], tmp_path: Path
 ) -> None:
-    def dead_after_training(auxk: int) -> float:
+    def dead_after_training(**means: float) -> float:
         sae = make_sae()
         with torch.no_grad():
             sae.W_enc[:, : NUM_LATENTS // 2] *= 0.01  # never among the k largest
-        settings = {"batch_size": 256, "max_steps": 200, "dead_after_rows": 1000, "auxk": auxk}
-        train(sae, superposition(4000), tmp_path / str(auxk), **settings)
+        settings = {"batch_size": 256, "max_steps": 200, "dead_after_rows": 1000, "dead_latent_boost": 0.0}
+        train(sae, superposition(4000), tmp_path / str(means), **(settings | means))
         return evaluate_sae(sae, superposition(2000, seed=1)).dead_latents
 
-    assert dead_after_training(auxk=0) > 0.4
+    assert dead_after_training() > 0.4
     assert dead_after_training(auxk=8) < 0.1
+    assert dead_after_training(dead_latent_boost=1.0) < 0.1
 
 
 def test_decoder_rows_have_unit_norm_and_no_parallel_gradient_at_every_step(
@@ -127,6 +128,30 @@ def test_b_dec_begins_as_the_mean_of_the_features(superposition: Callable[..., T
     with watch_optimizer(lambda _: seen.append(sae.b_dec.detach().clone())):
         train(sae, features, tmp_path, max_steps=1, eval_fraction=0, **WATCHED)
     torch.testing.assert_close(seen[0], features.double().mean(0).float())
+
+
+def test_dead_latents_are_boosted_until_they_are_active(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    """The last latent is never active; the others are at every step, so that their biases follow Adam alone."""
+    features, boost, biases = superposition(500), 2.0, {}
+    for name, rate in (("without", 0.0), ("with", boost)):
+        sae = make_sae()
+        with torch.no_grad():
+            sae.b_enc[-1] = -10
+        settings = {"dead_after_rows": 128, "warmup_steps": 0, "decay_fraction": 0.25}
+        train(sae, features, tmp_path / name, dead_latent_boost=rate, **settings)
+        biases[name] = sae.b_enc.detach()
+    risen = biases["with"] - biases["without"]
+    # 64 rows a step: dead after the second of twelve steps, of which the last three have 1, 2/3 and 1/3 of the rate
+    assert risen[-1].item() == pytest.approx((9 + 2 / 3 + 1 / 3) * boost * 3e-3, rel=1e-4)
+    assert make_args(tmp_path).rows_until_dead(NUM_LATENTS, K) == 10_000
+    assert SAETrainingArguments(output_dir="runs").rows_until_dead(81_920, 32) == 256_000
+
+
+def test_the_default_schedule_falls_at_the_end(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    seen: list[float] = []
+    with watch_optimizer(lambda optimizer: seen.append(optimizer.param_groups[0]["lr"])):
+        train(make_sae(), superposition(500), tmp_path, warmup_steps=2, decay_fraction=0.5, **WATCHED)
+    assert seen == pytest.approx([rate * 3e-3 for rate in (0.5, 1, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2)])
 
 
 @pytest.mark.parametrize("schedule", ["constant_with_warmup", "linear", "cosine"])

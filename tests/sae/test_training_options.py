@@ -176,7 +176,11 @@ def test_resampling_revives_in_a_training(superposition: Callable[..., Tensor], 
         with torch.no_grad():
             sae.W_enc[:, : NUM_LATENTS // 2] *= 0.01
         args = make_args(
-            tmp_path / str(resample_steps), auxk=0, max_steps=200, dead_after_rows=1000, resample_steps=resample_steps
+            tmp_path / str(resample_steps),
+            dead_latent_boost=0,
+            max_steps=200,
+            dead_after_rows=1000,
+            resample_steps=resample_steps,
         )
         return SAETrainer(sae, superposition(2000), args).train(progress=False).metrics.dead_latents
 
@@ -188,7 +192,8 @@ def test_too_many_dead_latents_stop_with_advice(superposition: Callable[..., Ten
     sae = make_sae()
     with torch.no_grad():
         sae.W_enc[:, :60] = 0
-    args = make_args(tmp_path, auxk=0, dead_after_rows=64, logging_steps=2, save_steps=1, max_dead_latents=0.5)
+    settings = {"dead_latent_boost": 0, "dead_after_rows": 64, "max_dead_latents": 0.5}
+    args = make_args(tmp_path, logging_steps=2, save_steps=1, **settings)
     with pytest.raises(TrainingDivergedError, match=r"9\d% of the latents are dead at step 2.*encoder_init='tied'"):
         SAETrainer(sae, superposition(300), args).train(progress=False)
     assert (tmp_path / "checkpoint.safetensors").exists()

@@ -41,12 +41,17 @@ class TrainingStep:
         self.sae, self.args = sae, args
         self.processes = SAEProcesses(cpu=sae.device.type == "cpu") if processes is None else processes
         sae.over_processes = self.processes.mean if self.processes.count > 1 else None
-        self.auxk = sae.config.d_in // 2 if args.auxk is None else args.auxk
+        self.rows_until_dead = args.rows_until_dead(sae.config.num_latents, sae.config.k)
         self.fused = args.optimizer == "adam" and sae.config.activation not in DENSE
         make: Any = getattr(torch.optim, OPTIMIZERS[args.optimizer])
         self.learning_rate = args.peak_learning_rate(sae.config.d_in)
         self.optimizer: torch.optim.Optimizer = make(sae.parameters(), lr=self.learning_rate)
         self.rows_since_active = torch.zeros(sae.config.num_latents, dtype=torch.long, device=sae.W_dec.device)
+
+    @property
+    def dead(self) -> Tensor:
+        """(num_latents,) whether a latent has not been active for `dead_after_rows`."""
+        return self.rows_since_active >= self.rows_until_dead
 
     def __call__(
         self, batch: Tensor, learning_rate: float, *, timesteps: Timesteps = None, k: int | None = None
@@ -75,6 +80,9 @@ class TrainingStep:
         )
         self.rows_since_active += len(batch) * processes.count
         self.rows_since_active[report.top_indices[report.top_acts != 0]] = 0
+        if self.args.dead_latent_boost:
+            with torch.no_grad():
+                self.sae.b_enc += self.dead * (self.args.dead_latent_boost * learning_rate)
         if self.sae.config.activation == "batchtopk":
             self.sae.update_threshold_(report.top_acts)
         return report
@@ -96,8 +104,8 @@ class TrainingStep:
             with torch.autocast(part.device.type, torch.bfloat16, enabled=self.args.bf16):
                 output = self.sae(
                     part,
-                    self.rows_since_active >= self.args.dead_after_rows,
-                    self.auxk,
+                    self.dead,
+                    self.args.auxk,
                     self.args.auxk_alpha,
                     timesteps=of_rows,
                     k=k,

@@ -6,13 +6,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 
 from .._files import fingerprint_of, require_writable_folder, write_atomically, write_json
 from .._training import (
@@ -30,6 +28,7 @@ from .preparation import fold_input_scale_, input_scale, set_biases_
 from .processes import SAEProcesses
 from .resampling import resample_
 from .results import SAECallback, SAETrainingResult
+from .schedule import learning_rate_factor
 from .step import StepReport, TrainingStep
 from .training_args import SAETrainingArguments
 
@@ -70,7 +69,11 @@ class SAETrainer:
                 images to hold some out, or evaluation rows that are all equal.
         """
         self.sae, self.callbacks = sae, list(callbacks)
-        self.args = args = dataclasses.replace(args, learning_rate=args.peak_learning_rate(sae.config.d_in))
+        self.args = args = dataclasses.replace(  # with numbers in place of None, for the record
+            args,
+            learning_rate=args.peak_learning_rate(sae.config.d_in),
+            dead_after_rows=args.rows_until_dead(sae.config.num_latents, sae.config.k),
+        )
         self.processes = SAEProcesses(cpu=sae.device.type == "cpu")
         data = prepare_data(
             sae, features, args, eval_features, allow_mismatch=allow_mismatch, processes=self.processes.count
@@ -107,8 +110,7 @@ class SAETrainer:
         self.output_dir = require_writable_folder(args.output_dir)
         self.logger = MetricsLogger(args.report_to, self.output_dir, args.to_dict())
         self.stepper = TrainingStep(sae, args, self.processes)
-        warmup = min(args.warmup_steps, self.max_steps // 2)
-        self.schedule: Any = get_scheduler(args.lr_scheduler_type, self.stepper.optimizer, warmup, self.max_steps)
+        self.schedule = learning_rate_factor(args, self.stepper.optimizer, self.max_steps)
         self.run_name = self._run_name()
         self.average: dict[str, Tensor] = {}
         with self.processes.main_first():
@@ -143,8 +145,8 @@ class SAETrainer:
         step = self.step_number
         if args.resample_steps and step and step % args.resample_steps == 0:
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-            resample_(self.sae, self.stepper.optimizer, self._dead, batch, generator, of_rows)
-            self.stepper.rows_since_active[self._dead] = 0
+            resample_(self.sae, self.stepper.optimizer, self.stepper.dead, batch, generator, of_rows)
+            self.stepper.rows_since_active[self.stepper.dead] = 0
         report = self.stepper(batch, self._learning_rate(step), timesteps=of_rows, k=self._k(step))
         self.step_number = step = step + 1
         if self.average:
@@ -159,13 +161,9 @@ class SAETrainer:
             self._save(report.loss.item())
         return report
 
-    @property
-    def _dead(self) -> Tensor:
-        return self.stepper.rows_since_active >= self.args.dead_after_rows
-
     def _learning_rate(self, step: int) -> float:
         """From the step's number alone, so that a resumed run needs no scheduler state."""
-        return self.stepper.learning_rate * self.schedule.lr_lambdas[0](step + 1)
+        return self.stepper.learning_rate * self.schedule(step + 1)
 
     def _k(self, step: int) -> int | None:
         start, k = self.args.k_anneal_start, self.sae.config.k
@@ -180,14 +178,14 @@ class SAETrainer:
             callback.on_log(self, self.step_number, values)
 
     def _log_step(self, report: StepReport) -> None:
-        loss, dead = report.loss.item(), self._dead.float().mean().item()
+        loss, dead = report.loss.item(), self.stepper.dead.float().mean().item()
         require_finite_loss(loss, self.step_number, self.output_dir, _ADVICE)
         self._log({"loss": loss, "fvu": report.fvu.item(), "dead_latents": dead})
         if dead > self.args.max_dead_latents:
             raise TrainingDivergedError(
                 f"{dead:.0%} of the latents are dead at step {self.step_number}, more than max_dead_latents = "
-                f"{self.args.max_dead_latents:.0%}. Use encoder_init='tied', a larger auxk, resample_steps or another "
-                f"learning_rate. The checkpoint in {self.output_dir} is kept."
+                f"{self.args.max_dead_latents:.0%}. Use encoder_init='tied', dead_latent_boost, auxk, resample_steps "
+                f"or another learning_rate. The checkpoint in {self.output_dir} is kept."
             )
 
     def _evaluate_on_the_way(self) -> None:

@@ -7,7 +7,15 @@ from typing import Any, Self
 from .._config import JsonConfig, check, check_choice, check_integer, check_number
 
 OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "radam": "RAdam", "nadam": "NAdam", "sgd": "SGD"}  # of torch.optim
-SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt", "polynomial")
+SCHEDULES = (
+    "warmup_stable_decay",
+    "constant_with_warmup",
+    "constant",
+    "linear",
+    "cosine",
+    "inverse_sqrt",
+    "polynomial",
+)
 LEARNING_RATE_OF_WIDTH_1 = 0.016  # 2e-3 at d_in 64, 4.5e-4 at 1280
 
 
@@ -32,8 +40,11 @@ class SAETrainingArguments(JsonConfig):
     else stay in fp32."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
-    lr_scheduler_type: str = "constant_with_warmup"
-    """constant, constant_with_warmup, linear, cosine, inverse_sqrt or polynomial, from transformers."""
+    lr_scheduler_type: str = "warmup_stable_decay"
+    """warmup_stable_decay, constant_with_warmup, constant, linear, cosine, inverse_sqrt or polynomial, from
+    transformers."""
+    decay_fraction: float = 0.2
+    """Share of the steps over which warmup_stable_decay falls to 0 at the end, linearly; the others ignore it."""
     batch_size: int = 8192
     """Rows a step, of all processes together."""
     max_steps: int | None = None
@@ -53,16 +64,20 @@ class SAETrainingArguments(JsonConfig):
     """The finished SAE is the moving average of the weights with this decay; None: their last values."""
     resample_steps: int | None = None
     """Steps between resamplings of dead latents, the alternative to AuxK; None: never."""
-    auxk: int | None = None
-    """Dead latents that learn each row's residual; None: half of d_in; 0: no AuxK loss."""
+    dead_latent_boost: float = 1.0
+    """A dead latent's b_enc rises by this times the learning rate in every step, until the latent is active again; 0:
+    not at all. By the loss −Σ_dead b_enc Adam would take the same steps."""
+    auxk: int = 0
+    """Dead latents that learn each row's residual (Gao et al. 2024, §A.2, who take half of d_in); 0: no AuxK loss."""
     auxk_alpha: float = 1 / 32
     """Weight of the AuxK loss."""
     multi_topk_alpha: float = 0.0
     """Weight of the loss with 4 k latents beside that with k (Multi-TopK); Gao et al. use 1/8."""
     sparsity_coefficient: float = 1e-3
     """Weight of the penalty of the activations relu (L1) and jumprelu (L0)."""
-    dead_after_rows: int = 1_000_000
-    """A latent that was not active for so many rows counts as dead."""
+    dead_after_rows: int | None = None
+    """A latent that was not active for so many rows counts as dead; None: 100 num_latents / k, a hundred times the gap
+    between the active rows of an average latent."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; None: not at all."""
     eval_fraction: float = 0.05
@@ -90,13 +105,18 @@ class SAETrainingArguments(JsonConfig):
 
         It goes with `KSparseAutoencoderConfig(encoder_init="kaiming", activation="signed_topk")`.
         """
-        return cls(output_dir=output_dir, **({"learning_rate": 4e-4, "warmup_steps": 500, "auxk": 0} | changes))
+        of_paper = {"learning_rate": 4e-4, "warmup_steps": 500, "dead_latent_boost": 0.0}
+        return cls(output_dir=output_dir, **(of_paper | {"lr_scheduler_type": "constant_with_warmup"} | changes))
 
     def peak_learning_rate(self, d_in: int) -> float:
         """`learning_rate`, or for None that of the width: Adam moves each entry of a weight by about the learning rate,
         and so a row of unit norm and d_in entries by √d_in times that.
         """
         return LEARNING_RATE_OF_WIDTH_1 / math.sqrt(d_in) if self.learning_rate is None else self.learning_rate
+
+    def rows_until_dead(self, num_latents: int, k: int) -> int:
+        """`dead_after_rows`, or for None that of the SAE's size."""
+        return round(100 * num_latents / k) if self.dead_after_rows is None else self.dead_after_rows
 
     def __post_init__(self) -> None:
         check(bool(self.output_dir), "output_dir must name a folder, got an empty string.")
@@ -113,10 +133,12 @@ class SAETrainingArguments(JsonConfig):
         if self.max_steps is not None:
             check_integer("max_steps", self.max_steps, 1)
         check_number("num_train_epochs", self.num_train_epochs, 0, open_low=True)
-        if self.auxk is not None:
-            check_integer("auxk", self.auxk, 0)
+        check_number("decay_fraction", self.decay_fraction, 0, 1)
+        check_number("dead_latent_boost", self.dead_latent_boost, 0)
+        check_integer("auxk", self.auxk, 0)
         check_number("auxk_alpha", self.auxk_alpha, 0)
-        check_integer("dead_after_rows", self.dead_after_rows, 1)
+        if self.dead_after_rows is not None:
+            check_integer("dead_after_rows", self.dead_after_rows, 1)
         if self.max_grad_norm is not None:
             check_number("max_grad_norm", self.max_grad_norm, 0, open_low=True)
         check_number("eval_fraction", self.eval_fraction, 0, 0.9)
