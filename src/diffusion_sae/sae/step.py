@@ -82,7 +82,7 @@ class TrainingStep:
         self.rows_since_active[report.top_indices[report.top_acts != 0]] = 0
         if self.args.dead_latent_boost:
             with torch.no_grad():
-                self.sae.b_enc += self.dead * (self.args.dead_latent_boost * learning_rate)
+                self.sae.b_enc.add_(self.dead, alpha=self.args.dead_latent_boost * learning_rate)
         if self.sae.config.activation == "batchtopk":
             self.sae.update_threshold_(report.top_acts)
         return report

@@ -105,8 +105,9 @@ class SAETrainingArguments(JsonConfig):
 
         It goes with `KSparseAutoencoderConfig(encoder_init="kaiming", activation="signed_topk")`.
         """
-        of_paper = {"learning_rate": 4e-4, "warmup_steps": 500, "dead_latent_boost": 0.0}
-        return cls(output_dir=output_dir, **(of_paper | {"lr_scheduler_type": "constant_with_warmup"} | changes))
+        of_paper: dict[str, Any] = {"learning_rate": 4e-4, "warmup_steps": 500, "dead_latent_boost": 0.0}
+        of_paper |= {"lr_scheduler_type": "constant_with_warmup"}
+        return cls(output_dir=output_dir, **(of_paper | changes))
 
     def peak_learning_rate(self, d_in: int) -> float:
         """`learning_rate`, or for None that of the width: Adam moves each entry of a weight by about the learning rate,
