@@ -42,6 +42,30 @@ class Shape(NamedTuple):
         return 4 * (2 * self.d_in * self.num_latents + self.num_latents + self.d_in)
 
 
+class Recipe(NamedTuple):
+    """How a contender trains: for speed all alike, a constant rate and nothing for dead latents."""
+
+    learning_rate: float | None = LEARNING_RATE
+    """None: the library's own recipe: optimiser, rate, schedule and what it does for dead latents by default."""
+    steps: int = 10**6
+
+
+class Learned(NamedTuple):
+    """What a contender has learned, to be measured."""
+
+    W_dec: Tensor
+    """(num_latents, d_in)"""
+    encode: Callable[[Tensor], Tensor]
+    """(N, d_in) → dense codes (N, num_latents)."""
+    decode: Callable[[Tensor], Tensor]
+
+
+class Training(NamedTuple):
+    step: Callable[[Tensor], float]
+    """One whole training step on a batch; returns the loss."""
+    learned: Callable[[], Learned]
+
+
 class Contender(Protocol):
     """A module of `MODULES`."""
 
@@ -51,9 +75,7 @@ class Contender(Protocol):
     """What its step does, in order."""
 
     @staticmethod
-    def build(shape: Shape, device: torch.device) -> Callable[[Tensor], float]:
-        """A function that does one whole training step on a batch and returns the loss."""
-        ...
+    def build(shape: Shape, device: torch.device, recipe: Recipe = Recipe()) -> Training: ...
 
 
 def batch_of(shape: Shape, number: int, device: torch.device) -> Tensor:

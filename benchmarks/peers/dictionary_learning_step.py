@@ -1,9 +1,7 @@
 """saprmarks/dictionary_learning: `TopKTrainer.update`."""
 
-from collections.abc import Callable
-
 import torch
-from contenders import LEARNING_RATE, Shape
+from contenders import Learned, Recipe, Shape, Training
 from stubs import import_dictionary_learning
 from torch import Tensor
 
@@ -17,18 +15,17 @@ COMPRISES = (
 )
 
 
-def build(shape: Shape, device: torch.device) -> Callable[[Tensor], float]:
+def build(shape: Shape, device: torch.device, recipe: Recipe = Recipe()) -> Training:
+    own = {"lr": recipe.learning_rate, "auxk_alpha": 0, "warmup_steps": 0} if recipe.learning_rate else {}
     trainer = TopKTrainer(
-        steps=10**6,
+        steps=recipe.steps,
         activation_dim=shape.d_in,
         dict_size=shape.num_latents,
         k=shape.k,
         layer=0,
         lm_name="none",
-        lr=LEARNING_RATE,
-        auxk_alpha=0,
-        warmup_steps=0,
         device=str(device),
+        **own,
     )
     steps = 0
 
@@ -38,4 +35,4 @@ def build(shape: Shape, device: torch.device) -> Callable[[Tensor], float]:
         steps += 1
         return loss
 
-    return step
+    return Training(step, lambda: Learned(trainer.ae.decoder.weight.T, trainer.ae.encode, trainer.ae.decode))

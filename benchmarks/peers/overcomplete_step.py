@@ -1,9 +1,7 @@
 """KempnerInstitute/overcomplete: `train_sae` over a data loader of one batch, on its `TopKSAE`."""
 
-from collections.abc import Callable
-
 import torch
-from contenders import LEARNING_RATE, Shape
+from contenders import LEARNING_RATE, Learned, Recipe, Shape, Training
 from stubs import import_overcomplete
 from torch import Tensor
 
@@ -17,9 +15,9 @@ COMPRISES = (
 )
 
 
-def build(shape: Shape, device: torch.device) -> Callable[[Tensor], float]:
+def build(shape: Shape, device: torch.device, recipe: Recipe = Recipe()) -> Training:
     sae = TopKSAE(shape.d_in, shape.num_latents, top_k=shape.k, device=str(device))
-    optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=recipe.learning_rate or LEARNING_RATE)  # it has no rate of its own
     losses: list[Tensor] = []
 
     def mean_squared_error(x: Tensor, x_hat: Tensor, *_: Tensor) -> Tensor:
@@ -32,4 +30,4 @@ def build(shape: Shape, device: torch.device) -> Callable[[Tensor], float]:
         train_sae(sae, [batch], mean_squared_error, optimizer, nb_epochs=1, monitoring=0, device=str(device))
         return float(losses[0])
 
-    return step
+    return Training(step, lambda: Learned(sae.get_dictionary(), lambda rows: sae.encode(rows)[1], sae.decode))

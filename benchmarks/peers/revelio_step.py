@@ -5,10 +5,8 @@
 TopK is signed, without ReLU. Codes are dense, as there.
 """
 
-from collections.abc import Callable
-
 import torch
-from contenders import LEARNING_RATE, Shape
+from contenders import LEARNING_RATE, Learned, Recipe, Shape, Training
 from torch import Tensor, nn
 
 DISTRIBUTION = "torch"
@@ -27,12 +25,17 @@ class RevelioSAE(nn.Module):
         self.W_dec = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(num_latents, d_in)))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """The reconstruction."""
+    def encode(self, features: Tensor) -> Tensor:
         pre_acts = (features - self.b_dec) @ self.W_enc + self.b_enc
         values, indices = pre_acts.topk(self.k, dim=-1)
-        codes = torch.zeros_like(pre_acts).scatter(-1, indices, values)
+        return torch.zeros_like(pre_acts).scatter(-1, indices, values)
+
+    def decode(self, codes: Tensor) -> Tensor:
         return codes @ self.W_dec + self.b_dec
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The reconstruction."""
+        return self.decode(self.encode(features))
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -45,9 +48,13 @@ class RevelioSAE(nn.Module):
             gradient -= (gradient * self.W_dec).sum(1, keepdim=True) * self.W_dec
 
 
-def build(shape: Shape, device: torch.device) -> Callable[[Tensor], float]:
+def build(shape: Shape, device: torch.device, recipe: Recipe = Recipe()) -> Training:
     sae = RevelioSAE(shape.d_in, shape.num_latents, shape.k).to(device)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=recipe.learning_rate or LEARNING_RATE)  # the paper's
+    # the paper's warm-up, with its rate
+    warmup = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: 1.0 if recipe.learning_rate else min(1.0, (n + 1) / 500)
+    )
 
     def step(batch: Tensor) -> float:
         sae.normalize_decoder()
@@ -57,6 +64,7 @@ def build(shape: Shape, device: torch.device) -> Callable[[Tensor], float]:
         loss.backward()
         sae.remove_parallel_gradient()
         optimizer.step()
+        warmup.step()
         return loss.item()
 
-    return step
+    return Training(step, lambda: Learned(sae.W_dec, sae.encode, sae.decode))

@@ -1,9 +1,7 @@
 """SAELens: `SAETrainer.step` on its `TopKTrainingSAE`, with the settings that it has by default."""
 
-from collections.abc import Callable
-
 import torch
-from contenders import LEARNING_RATE, Shape
+from contenders import LEARNING_RATE, Learned, Recipe, Shape, Training
 from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from torch import Tensor
@@ -15,7 +13,9 @@ COMPRISES = (
 )
 
 
-def build(shape: Shape, device: torch.device, *, sparse: bool = False) -> Callable[[Tensor], float]:
+def build(
+    shape: Shape, device: torch.device, recipe: Recipe = Recipe(), *, sparse: bool = False
+) -> Training:
     config = TopKTrainingSAEConfig(
         d_in=shape.d_in,
         d_sae=shape.num_latents,
@@ -24,18 +24,20 @@ def build(shape: Shape, device: torch.device, *, sparse: bool = False) -> Callab
         use_sparse_activations=sparse,
         rescale_acts_by_decoder_norm=not sparse,
     )
+    rate = recipe.learning_rate or 3e-4  # the default of its configuration
     trainer_config = SAETrainerConfig(
-        total_training_samples=10**6 * shape.rows,
+        total_training_samples=recipe.steps * shape.rows,
         train_batch_size_samples=shape.rows,
-        lr=LEARNING_RATE,
-        lr_end=LEARNING_RATE / 10,  # the runner's default; a constant schedule ignores it
+        lr=rate,
+        lr_end=rate / 10,  # the runner's default; a constant schedule ignores it
         device=str(device),
     )
-    trainer = SAETrainer(trainer_config, TopKTrainingSAE(config), data_provider=iter(()))
+    sae = TopKTrainingSAE(config)
+    trainer = SAETrainer(trainer_config, sae, data_provider=iter(()))
 
     def step(batch: Tensor) -> float:
         loss = trainer.step(batch).loss.item()
         trainer.n_training_steps += 1
         return loss
 
-    return step
+    return Training(step, lambda: Learned(sae.W_dec, sae.encode, sae.decode))

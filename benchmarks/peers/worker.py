@@ -41,7 +41,7 @@ class Worker:
         self.shape, self.device, self.number = Shape(*request["shape"]), torch.device(request["device"]), 0
         imported = status_mb("VmRSS")
         torch.manual_seed(0)
-        self.step = self.contender.build(self.shape, self.device)
+        self.step = self.contender.build(self.shape, self.device).step
         return {
             "version": version(self.contender.DISTRIBUTION),
             "comprises": self.contender.COMPRISES,
