@@ -50,6 +50,9 @@ class Recipe(NamedTuple):
     steps: int = 10**6
 
 
+FOR_SPEED = Recipe()
+
+
 class Learned(NamedTuple):
     """What a contender has learned, to be measured."""
 
@@ -63,7 +66,8 @@ class Learned(NamedTuple):
 class Training(NamedTuple):
     step: Callable[[Tensor], float]
     """One whole training step on a batch; returns the loss."""
-    learned: Callable[[], Learned]
+    learned: Callable[[], Learned] | None = None
+    """None: it learns nothing."""
 
 
 class Contender(Protocol):
@@ -75,7 +79,7 @@ class Contender(Protocol):
     """What its step does, in order."""
 
     @staticmethod
-    def build(shape: Shape, device: torch.device, recipe: Recipe = Recipe()) -> Training: ...
+    def build(shape: Shape, device: torch.device, recipe: Recipe = FOR_SPEED) -> Training: ...
 
 
 def batch_of(shape: Shape, number: int, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """saprmarks/dictionary_learning: `TopKTrainer.update`."""
 
 import torch
-from contenders import Learned, Recipe, Shape, Training
+from contenders import FOR_SPEED, Learned, Recipe, Shape, Training
 from stubs import import_dictionary_learning
 from torch import Tensor
 
@@ -15,7 +15,7 @@ COMPRISES = (
 )
 
 
-def build(shape: Shape, device: torch.device, recipe: Recipe = Recipe()) -> Training:
+def build(shape: Shape, device: torch.device, recipe: Recipe = FOR_SPEED) -> Training:
     own = {"lr": recipe.learning_rate, "auxk_alpha": 0, "warmup_steps": 0} if recipe.learning_rate else {}
     trainer = TopKTrainer(
         steps=recipe.steps,

@@ -1,7 +1,7 @@
 """Our own step."""
 
 import torch
-from contenders import Learned, Recipe, Shape, Training
+from contenders import FOR_SPEED, Learned, Recipe, Shape, Training
 from torch import Tensor
 
 from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, SAETrainingArguments
@@ -12,7 +12,7 @@ DISTRIBUTION = "diffusion-sae"
 COMPRISES = "forward, normalised MSE, exact gradients, parallel gradient removed, Adam, decoder rows renormalised"
 
 
-def build(shape: Shape, device: torch.device, recipe: Recipe = Recipe()) -> Training:
+def build(shape: Shape, device: torch.device, recipe: Recipe = FOR_SPEED) -> Training:
     config = KSparseAutoencoderConfig(
         d_in=shape.d_in, num_latents=shape.num_latents, k=shape.k, init_seed=torch.initial_seed()
     )

@@ -1,7 +1,7 @@
 """KempnerInstitute/overcomplete: `train_sae` over a data loader of one batch, on its `TopKSAE`."""
 
 import torch
-from contenders import LEARNING_RATE, Learned, Recipe, Shape, Training
+from contenders import FOR_SPEED, LEARNING_RATE, Learned, Recipe, Shape, Training
 from stubs import import_overcomplete
 from torch import Tensor
 
@@ -15,9 +15,11 @@ COMPRISES = (
 )
 
 
-def build(shape: Shape, device: torch.device, recipe: Recipe = Recipe()) -> Training:
+def build(shape: Shape, device: torch.device, recipe: Recipe = FOR_SPEED) -> Training:
     sae = TopKSAE(shape.d_in, shape.num_latents, top_k=shape.k, device=str(device))
-    optimizer = torch.optim.Adam(sae.parameters(), lr=recipe.learning_rate or LEARNING_RATE)  # it has no rate of its own
+    optimizer = torch.optim.Adam(
+        sae.parameters(), lr=recipe.learning_rate or LEARNING_RATE
+    )  # it has no rate of its own
     losses: list[Tensor] = []
 
     def mean_squared_error(x: Tensor, x_hat: Tensor, *_: Tensor) -> Tensor:

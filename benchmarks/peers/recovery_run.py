@@ -34,6 +34,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     training = contender.build(
         Shape(batch, d_in, num_latents, k), torch.device("cpu"), Recipe(request["learning_rate"], steps)
     )
+    if training.learned is None:
+        raise ValueError(f"{request['contender']} learns nothing that could be measured.")
     started = time.perf_counter()
     for number in range(steps):
         training.step(truth.rows(batch, number))

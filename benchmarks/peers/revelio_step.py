@@ -6,7 +6,7 @@ TopK is signed, without ReLU. Codes are dense, as there.
 """
 
 import torch
-from contenders import LEARNING_RATE, Learned, Recipe, Shape, Training
+from contenders import FOR_SPEED, LEARNING_RATE, Learned, Recipe, Shape, Training
 from torch import Tensor, nn
 
 DISTRIBUTION = "torch"
@@ -48,7 +48,7 @@ class RevelioSAE(nn.Module):
             gradient -= (gradient * self.W_dec).sum(1, keepdim=True) * self.W_dec
 
 
-def build(shape: Shape, device: torch.device, recipe: Recipe = Recipe()) -> Training:
+def build(shape: Shape, device: torch.device, recipe: Recipe = FOR_SPEED) -> Training:
     sae = RevelioSAE(shape.d_in, shape.num_latents, shape.k).to(device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=recipe.learning_rate or LEARNING_RATE)  # the paper's
     # the paper's warm-up, with its rate

@@ -1,7 +1,7 @@
 """SAELens: `SAETrainer.step` on its `TopKTrainingSAE`, with the settings that it has by default."""
 
 import torch
-from contenders import LEARNING_RATE, Learned, Recipe, Shape, Training
+from contenders import FOR_SPEED, Learned, Recipe, Shape, Training
 from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from torch import Tensor
@@ -13,9 +13,7 @@ COMPRISES = (
 )
 
 
-def build(
-    shape: Shape, device: torch.device, recipe: Recipe = Recipe(), *, sparse: bool = False
-) -> Training:
+def build(shape: Shape, device: torch.device, recipe: Recipe = FOR_SPEED, *, sparse: bool = False) -> Training:
     config = TopKTrainingSAEConfig(
         d_in=shape.d_in,
         d_sae=shape.num_latents,

@@ -8,7 +8,7 @@ default is the sign of the gradient, schedule-free.
 from typing import Any
 
 import torch
-from contenders import Learned, Recipe, Shape, Training
+from contenders import FOR_SPEED, Learned, Recipe, Shape, Training
 from sparsify import SparseCoder, SparseCoderConfig
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def own_optimizer(coder: SparseCoder) -> Any:
     return optimizer
 
 
-def build(shape: Shape, device: torch.device, recipe: Recipe = Recipe()) -> Training:
+def build(shape: Shape, device: torch.device, recipe: Recipe = FOR_SPEED) -> Training:
     config = SparseCoderConfig(num_latents=shape.num_latents, k=shape.k)
     coder = SparseCoder(shape.d_in, config, device=device, dtype=torch.float32)
     optimizer: Any = None

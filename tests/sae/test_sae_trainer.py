@@ -175,12 +175,12 @@ def test_learning_rates_are_those_of_transformers(
 
 
 def test_the_rate_that_was_used_is_recorded(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
-    """By default 0.016 / √d_in, here of 16."""
+    """By default 0.024 / √d_in, here of 16."""
     sae, seen = make_sae(), []
     with watch_optimizer(lambda optimizer: seen.append(optimizer.param_groups[0]["lr"])):
         train(sae, superposition(500), tmp_path, learning_rate=None, warmup_steps=0, max_steps=2, **WATCHED)
-    assert seen == pytest.approx([4e-3, 4e-3])
-    assert sae.metrics["training"]["learning_rate"] == pytest.approx(4e-3)
+    assert seen == pytest.approx([6e-3, 6e-3])
+    assert sae.metrics["training"]["learning_rate"] == pytest.approx(6e-3)
 
 
 def test_every_row_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:

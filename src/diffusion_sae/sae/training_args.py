@@ -16,7 +16,7 @@ SCHEDULES = (
     "inverse_sqrt",
     "polynomial",
 )
-LEARNING_RATE_OF_WIDTH_1 = 0.016  # 2e-3 at d_in 64, 4.5e-4 at 1280
+LEARNING_RATE_OF_WIDTH_1 = 0.024  # 3e-3 at d_in 64, 6.7e-4 at 1280
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class SAETrainingArguments(JsonConfig):
     output_dir: str
     """Folder for the checkpoint and the finished SAE; several processes must all see it."""
     learning_rate: float | None = None
-    """Peak learning rate of Adam; None: 0.016 / √d_in, with which the unit-norm decoder rows turn equally fast in every
+    """Peak learning rate of Adam; None: 0.024 / √d_in, with which the unit-norm decoder rows turn equally fast in every
     width."""
     optimizer: str = "adam"
     """adam (whose update is fused with the gradients' sums), or torch.optim's adamw, radam, nadam, sgd."""
@@ -43,7 +43,7 @@ class SAETrainingArguments(JsonConfig):
     lr_scheduler_type: str = "warmup_stable_decay"
     """warmup_stable_decay, constant_with_warmup, constant, linear, cosine, inverse_sqrt or polynomial, from
     transformers."""
-    decay_fraction: float = 0.2
+    decay_fraction: float = 0.5
     """Share of the steps over which warmup_stable_decay falls to 0 at the end, linearly; the others ignore it."""
     batch_size: int = 8192
     """Rows a step, of all processes together."""
