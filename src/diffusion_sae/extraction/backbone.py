@@ -1,6 +1,6 @@
 """A diffusers pipeline as something that turns images into activations: one adapter for every family."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._weights import weights_hash
 from .conditioning import Conditioning, catch_conditioning, concatenate
 from .families import denoiser_name, family_entry
-from .hooks import ImageStream, run_until_captured
+from .hooks import ImageStream, run_until_captured, tensors_of
 from .latents import LatentSpace
 from .layers import LayerInfo, canonical_layers, describe_layers, family_of, resolve_layer
 from .noise import noise_batch
@@ -163,40 +163,51 @@ class DiffusionBackbone:
 
         `prompts`: one for all images, or one each.
         """
-        distinct = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
-        if len(distinct) == 1:
-            conditioning = self.conditioning(distinct[0])
-            return self._run(
-                noisy_latents, timestep, module_paths, conditioning, conditioning.batch(len(noisy_latents))
-            )
-        conditionings = [self.conditioning(prompt) for prompt in prompts]
-        arguments = concatenate(conditionings) if family_entry(self.denoiser).padded_text else None
-        if arguments is not None:
-            return self._run(noisy_latents, timestep, module_paths, conditionings[0], arguments)
-        # texts of different lengths cannot stand in one batch: one forward a prompt
-        rows = [torch.tensor([i for i, p in enumerate(prompts) if p == prompt]) for prompt in distinct]
-        parts = [
-            self.activations(noisy_latents[mine.to(noisy_latents.device)], timestep, module_paths, prompt)
-            for mine, prompt in zip(rows, distinct, strict=True)
-        ]
-        order = torch.cat(rows).argsort().to(noisy_latents.device)
-        return {layer: torch.cat([part[layer] for part in parts])[order] for layer in parts[0]}
 
-    def _run(
+        def run(forward: Callable[[], object]) -> dict[str, Tensor]:
+            return run_until_captured(self.denoiser, module_paths, forward, self.stream)
+
+        return self._for_each_prompt(noisy_latents, timestep, prompts, run)
+
+    @torch.no_grad()
+    def predictions(
+        self, noisy_latents: Float[Tensor, "B c ..."], timestep: int, prompts: Sequence[str] | str = ""
+    ) -> Tensor:
+        """What the whole denoiser says of each image, as it puts it out: packed, and with a variance if it learned one.
+
+        `prompts`: as for `activations`.
+        """
+
+        def run(forward: Callable[[], object]) -> dict[str, Tensor]:
+            return {"": tensors_of(forward())[0]}
+
+        return self._for_each_prompt(noisy_latents, timestep, prompts, run)[""]
+
+    def _for_each_prompt(
         self,
         noisy_latents: Tensor,
         timestep: int,
-        module_paths: Mapping[str, str],
-        conditioning: Conditioning,
-        arguments: Mapping[str, Any],
+        prompts: Sequence[str] | str,
+        run: Callable[[Callable[[], object]], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
-        sample = self.latent_space.pack(noisy_latents)
-        return run_until_captured(
-            self.denoiser,
-            module_paths,
-            lambda: self._forward(self.denoiser, sample, timestep, conditioning, arguments),
-            self.stream,
-        )
+        """`run` of one forward pass, or of one a prompt where texts of different lengths cannot stand in one batch."""
+        distinct = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
+        conditioning = self.conditioning(distinct[0])
+        arguments = None
+        if len(distinct) == 1:
+            arguments = conditioning.batch(len(noisy_latents))
+        elif family_entry(self.denoiser).padded_text:
+            arguments = concatenate([self.conditioning(prompt) for prompt in prompts])
+        if arguments is not None:
+            sample = self.latent_space.pack(noisy_latents)
+            return run(lambda: self._forward(self.denoiser, sample, timestep, conditioning, arguments))
+        rows = [torch.tensor([i for i, p in enumerate(prompts) if p == prompt]) for prompt in distinct]
+        parts = [
+            self._for_each_prompt(noisy_latents[mine.to(noisy_latents.device)], timestep, prompt, run)
+            for mine, prompt in zip(rows, distinct, strict=True)
+        ]
+        order = torch.cat(rows).argsort().to(noisy_latents.device)
+        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
     @torch.no_grad()
     def describe_layers(self, module_paths: Mapping[str, str]) -> list[LayerInfo]:

@@ -18,6 +18,8 @@ class Family:
     """Arguments of the pipeline's call that switch off what has no meaning for a given image."""
     padded_text: bool = True
     """False if the blocks drop the padding, so that images with texts of other lengths cannot share a batch."""
+    negated: bool = False
+    """True if the pipeline turns the sign of what the denoiser puts out: the velocity points from noise to data."""
 
 
 # by class of the denoiser
@@ -28,7 +30,11 @@ FAMILIES = {
     "FluxTransformer2DModel": Family(text_in_sequence="first"),
     "ChromaTransformer2DModel": Family(text_in_sequence="first"),
     "AuraFlowTransformer2DModel": Family(text_in_sequence="first"),
-    "Lumina2Transformer2DModel": Family(text_in_sequence="first", padded_text=False),
+    "Lumina2Transformer2DModel": Family(text_in_sequence="first", padded_text=False, negated=True),
+    "LuminaNextDiT2DModel": Family(negated=True),
+    "HiDreamImageTransformer2DModel": Family(negated=True),
+    "NucleusMoEImageTransformer2DModel": Family(negated=True),
+    "ZImageTransformer2DModel": Family(negated=True),
 }
 
 # Canonical names by module path, in the order of the forward pass.

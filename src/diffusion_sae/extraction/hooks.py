@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 DIFFERENCE = ":diff"  # suffix of a layer's name: what the module adds to its input
@@ -34,18 +35,23 @@ class ImageStream:
         self.text_in_sequence = text_in_sequence
 
     def __call__(self, output: Any, layer: str) -> Tensor:
+        holder, part = self.locate(output, layer)
+        return holder if part is None else holder[:, part]
+
+    def locate(self, output: Any, layer: str) -> tuple[Tensor, slice | None]:
+        """The tensor that holds the image's hidden states, and which of its tokens they are if it also holds text."""
         tensors = tensors_of(output)
         if self.num_tokens is None or not tensors or tensors[0].ndim != 3:
-            return self._checked(tensors, layer)
+            return self._checked(tensors, layer), None
         fitting = [t for t in tensors if t.ndim == 3 and t.shape[1] == self.num_tokens]
         if len(fitting) > 1:
             raise ValueError(
                 f"Layer {layer} puts out {len(fitting)} streams of {self.num_tokens} tokens, so that image and text "
                 "cannot be told apart. Choose another image_size."
             )
-        return fitting[0] if fitting else self._cut(tensors[0], layer)
+        return (fitting[0], None) if fitting else (tensors[0], self._cut(tensors[0], layer))
 
-    def _cut(self, sequence: Tensor, layer: str) -> Tensor:
+    def _cut(self, sequence: Tensor, layer: str) -> slice:
         """The image's part of a sequence of text and image tokens."""
         tokens = self.num_tokens or 0
         if sequence.shape[1] < tokens:
@@ -58,7 +64,8 @@ class ImageStream:
                 f"Layer {layer} puts out {sequence.shape[1]} tokens, text and {tokens} of the image, and it is not "
                 "known which come first: add the denoiser to FAMILIES in extraction/families.py."
             )
-        return sequence[:, -tokens:] if self.text_in_sequence == "first" else sequence[:, :tokens]
+        start = sequence.shape[1] - tokens if self.text_in_sequence == "first" else 0
+        return slice(start, start + tokens)
 
     @staticmethod
     def _checked(tensors: list[Tensor], layer: str) -> Tensor:
@@ -119,6 +126,56 @@ def run_until_captured(
             "Choose a module that it runs, such as one of available_layers()."
         )
     return captured
+
+
+def _exchanged(output: Any, old: Tensor, new: Tensor) -> Any:
+    """`output` with `new` wherever it holds `old`: a U-Net's down block returns it as a skip connection as well."""
+    if output is old:
+        return new
+    if isinstance(output, dict):
+        return type(output)(**{key: _exchanged(value, old, new) for key, value in output.items()})
+    if isinstance(output, tuple | list):
+        return type(output)(_exchanged(value, old, new) for value in output)
+    return output
+
+
+@contextmanager
+def replaced_activations(
+    denoiser: nn.Module, layer: str, module_path: str, replace: Callable[[Tensor], Tensor], stream: ImageStream
+) -> Iterator[None]:
+    """Within the block the layer puts out `replace(activations)` for its activations (B, C, h, w) or (B, T, C).
+
+    Of `…:diff` layers the difference is replaced: the output moves by what the replacement moves. What `replace`
+    returns unchanged leaves the forward as it is, bit for bit.
+
+    Raises:
+        ValueError: at the end of the block, if no forward came by the layer.
+    """
+    calls = 0
+
+    def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        holder, part = stream.locate(output, layer)
+        activations = there = holder if part is None else holder[:, part]
+        if layer.endswith(DIFFERENCE):
+            activations = there - stream(_input_of(args, kwargs), layer)
+        new = replace(activations)
+        if new.shape != activations.shape:
+            raise ValueError(f"Layer {layer} puts out {tuple(activations.shape)}, its replacement {tuple(new.shape)}.")
+        if layer.endswith(DIFFERENCE):
+            new = there + (new - activations)
+        if part is not None:
+            new = torch.cat([holder[:, : part.start], new, holder[:, part.stop :]], dim=1)
+        return _exchanged(output, holder, new)
+
+    handle = denoiser.get_submodule(module_path).register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not calls:
+        raise ValueError(f"The forward pass of {type(denoiser).__name__} never called {layer} ({module_path}).")
 
 
 class _CallCaught(Exception):  # noqa: N818  control flow, never seen outside this module

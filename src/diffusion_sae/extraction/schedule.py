@@ -90,6 +90,36 @@ class NoiseSchedule:
         self._check(timestep)
         return 0.25 * self._sigmas[timestep].log().item()
 
+    def target(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """What the denoiser was trained to say of z_t, given z and ε in fp32.
+
+        | kind | target | source |
+        |---|---|---|
+        | `vp`, epsilon | ε | Ho et al. 2020, eq. 14 |
+        | `vp`, v_prediction | √ᾱ_t ε − √(1 − ᾱ_t) z | Salimans & Ho 2022, §4 |
+        | `vp`, sample | z | |
+        | `flow` | ε − z | Esser et al. 2024, eq. 13 |
+        | `edm` | (z − c_skip (z + σ ε)) / c_out | Karras et al. 2022, eq. 8 |
+        """
+        signal, sigma = self.level(timestep)
+        if self.kind == "flow":
+            return noise - latents
+        prediction = self.config.get("prediction_type", "epsilon")
+        if self.kind == "edm":
+            level, data = self._sigmas[timestep].item(), self.config["sigma_data"]
+            total = level**2 + data**2
+            c_out = level * data / total**0.5 * (-1 if prediction == "v_prediction" else 1)
+            return (latents - data**2 / total * (latents + level * noise)) / c_out
+        if prediction == "epsilon":
+            return noise
+        if prediction == "v_prediction":
+            return signal * noise - sigma * latents
+        if prediction == "sample":
+            return latents
+        raise ValueError(
+            f"The target of prediction_type {prediction!r} is not known. Known: epsilon, v_prediction, sample, flow."
+        )
+
     def settings(self) -> dict[str, Any]:
         """What decides the levels."""
         names = {"vp": VP_SETTINGS, "edm": EDM_SETTINGS, "flow": ()}[self.kind]
