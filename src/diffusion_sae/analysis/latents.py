@@ -1,6 +1,6 @@
 """SAE latents and the images that activate them most, with the purity of those images' labels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from ..features import FeatureSet
 from ..sae.code import SparseCode
 from ..sae.modeling import KSparseAutoencoder
+from .metrics.interpretability import purity
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ def image_activations(
         yield acts.scatter_reduce_(1, by_image.top_indices, by_image.top_acts.float(), "amax").cpu()
 
 
-@torch.no_grad()
 def latent_statistics(sae: KSparseAutoencoder, features: FeatureSet, n: int = 16) -> LatentStatistics:
     """Top images and density of every latent, in memory that does not grow with the number of images.
 
@@ -56,16 +56,29 @@ def latent_statistics(sae: KSparseAutoencoder, features: FeatureSet, n: int = 16
         n: images kept a latent.
     """
     sae.require_features(features)
-    num_latents = sae.config.num_latents
-    top_acts, top_images = torch.zeros(n, num_latents), torch.zeros(n, num_latents, dtype=torch.long)
-    active, first = torch.zeros(num_latents), 0
-    for acts in image_activations(sae, features):
-        numbers = torch.arange(first, first + len(acts))[:, None].expand(-1, num_latents)
+    return unit_statistics(image_activations(sae, features), n)
+
+
+@torch.no_grad()
+def unit_statistics(activations: Iterable[Float[Tensor, "b units"]], n: int = 16) -> LatentStatistics:
+    """Top images and density of any units (latents, neurons, directions) from all images in order, batch by batch.
+
+    Holds n images and one batch a unit. A unit is active where its activation is above 0.
+    """
+    top_acts = top_images = active = None
+    first = 0
+    for acts in activations:
+        if top_acts is None or top_images is None or active is None:
+            top_acts, active = acts.new_zeros(n, acts.shape[1]), acts.new_zeros(acts.shape[1])
+            top_images = torch.zeros(n, acts.shape[1], dtype=torch.long)
+        numbers = torch.arange(first, first + len(acts))[:, None].expand(-1, acts.shape[1])
         candidates, images = torch.cat([top_acts, acts]), torch.cat([top_images, numbers])
         top_acts, chosen = candidates.topk(n, dim=0)
         top_images = images.gather(0, chosen)
         active += (acts > 0).sum(0)
         first += len(acts)
+    if top_acts is None or top_images is None or active is None:
+        raise ValueError("There are no activations: the features have no images.")
     return LatentStatistics(top_images.T, top_acts.T, active / first, first)
 
 
@@ -89,11 +102,7 @@ class LabelPurity:
 def label_purity(statistics: LatentStatistics, labels: Int[Tensor, " images"]) -> LabelPurity:
     """Purity of the top images' labels, for each latent that n images activate."""
     latents = statistics.measurable
-    of_top = labels[statistics.top_images[latents]]  # (m, n)
-    counts = torch.zeros(len(latents), int(labels.max()) + 1, dtype=torch.long)
-    counts.scatter_add_(1, of_top, torch.ones_like(of_top))
-    most, label = counts.max(1)
-    return LabelPurity(latents, most / of_top.shape[1], label)
+    return LabelPurity(latents, *purity(labels[statistics.top_images[latents]]))
 
 
 def shuffled_labels(labels: Int[Tensor, " images"], seed: int = 0) -> Int[Tensor, " images"]:

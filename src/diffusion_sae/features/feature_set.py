@@ -197,6 +197,13 @@ class FeatureSet:
     def positions_per_image(self) -> int:
         return self.rows_per_image // self.num_timesteps
 
+    def rows_at(self, timestep: int) -> range:
+        """The rows of one timestep."""
+        if timestep not in self.of_timesteps:
+            raise ValueError(f"These features are of the timesteps {self.of_timesteps}, not of {timestep}.")
+        first = self.of_timesteps.index(timestep) * self.rows_per_timestep
+        return range(first, first + self.rows_per_timestep)
+
     @property
     def image_index(self) -> Int[Tensor, " N"]:
         """Which image each row belongs to."""
@@ -248,12 +255,13 @@ class FeatureSet:
             timesteps=self.of_timesteps,
         )
 
-    def mean(self) -> Float[Tensor, " d_in"]:
-        """Mean row, accumulated in fp64."""
+    def mean(self, rows: range | None = None) -> Float[Tensor, " d_in"]:
+        """Mean row, of all or of a range without steps, accumulated in fp64."""
+        rows = range(len(self)) if rows is None else rows
         total = torch.zeros(self.row_shape, dtype=torch.float64)
-        for batch in self.batches(8192):
-            total += batch.double().sum(0)
-        return (total / len(self)).float()
+        for start in range(rows.start, rows.stop, 8192):
+            total += self[start : min(start + 8192, rows.stop)].double().sum(0)
+        return (total / len(rows)).float()
 
     def require_finite(self, what: str) -> None:
         """Raise if any value is NaN or infinite, saying in which rows."""

@@ -31,6 +31,10 @@ class SparseCode(NamedTuple):
         dense = self.top_acts.new_zeros(len(self.top_acts), num_latents)
         return dense.scatter_add_(1, self.top_indices, self.top_acts)
 
+    def active_counts(self, num_latents: int) -> Int[Tensor, " num_latents"]:
+        """Rows in which each latent is active: its activation is other than 0."""
+        return torch.bincount(self.top_indices[self.top_acts != 0], minlength=num_latents)
+
 
 @dataclass
 class KSparseAutoencoderOutput(ModelOutput):

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from ..features import FeatureSet, as_feature_set
+from .code import SparseCode
 from .modeling import KSparseAutoencoder
 
 
@@ -22,7 +24,6 @@ class SAEMetrics:
     rows: int
 
 
-@torch.no_grad()
 def evaluate_sae(
     sae: KSparseAutoencoder, features: FeatureSet | Tensor, batch_size: int = 8192, *, allow_mismatch: bool = False
 ) -> SAEMetrics:
@@ -33,24 +34,31 @@ def evaluate_sae(
     """
     features = as_feature_set(features)
     sae.require_features(features, allow_mismatch=allow_mismatch)
-    mean = features.mean().to(sae.device).double()
-    error = variance = active = 0.0
-    alive = torch.zeros(sae.config.num_latents, dtype=torch.bool, device=sae.device)
+    return measure_rows(sae, features, range(len(features)), batch_size)[0]
+
+
+@torch.no_grad()
+def measure_rows(
+    sae: KSparseAutoencoder, features: FeatureSet, rows: range, batch_size: int = 8192
+) -> tuple[SAEMetrics, Int[Tensor, " num_latents"]]:
+    """Metrics of a range of rows, against their own mean, and in how many of them each latent is active."""
+    mean = features.mean(rows).to(sae.device).double()
+    error = variance = 0.0
+    counts = torch.zeros(sae.config.num_latents, dtype=torch.long, device=sae.device)
     training = sae.training
     sae.eval()  # a row's latents must not depend on the others, nor all of them be held
     try:
-        for start, batch in zip(range(0, len(features), batch_size), features.batches(batch_size), strict=True):
-            timesteps = None
-            if sae.config.timesteps is not None:
-                timesteps = features.timesteps_of(torch.arange(start, start + len(batch)))
-            batch = batch.to(sae.device)
+        for start in range(rows.start, rows.stop, batch_size):
+            index = torch.arange(start, min(start + batch_size, rows.stop))
+            timesteps = None if sae.config.timesteps is None else features.timesteps_of(index)
+            batch = features[start : start + len(index)].to(sae.device)
             output = sae(batch, timesteps=timesteps)
             error += (batch.double() - output.reconstruction.double()).pow(2).sum().item()
             variance += (batch.double() - mean).pow(2).sum().item()
-            active += (output.top_acts != 0).sum().item()
-            alive[output.top_indices[output.top_acts != 0]] = True
+            counts += SparseCode(output.top_acts, output.top_indices).active_counts(len(counts))
     finally:
         sae.train(training)
     if variance == 0:
         raise ValueError("All rows are equal, so that there is no variance to explain. Evaluate on more images.")
-    return SAEMetrics(error / variance, active / len(features), 1 - alive.float().mean().item(), len(features))
+    dead = (counts == 0).float().mean().item()
+    return SAEMetrics(error / variance, counts.sum().item() / len(rows), dead, len(rows)), counts

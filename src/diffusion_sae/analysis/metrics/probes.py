@@ -1,0 +1,153 @@
+"""How good a classifier is: accuracy with its interval, by class, its confusions, and its calibration."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ...features import FeatureSet
+from ...probes.modeling import DiffusionProbe
+from ...sae.modeling import KSparseAutoencoder
+
+_BLOCK = 2**22  # numbers drawn at a time
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A share with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(
+    values: Float[Tensor, " N"], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """The mean, with the percentile interval over resamples of N values with replacement (Efron & Tibshirani 1993).
+
+    It follows from the seed; the values are sampled independently of one another, so give one an image.
+    """
+    if not 0 < confidence < 1 or resamples < 1 or values.ndim != 1 or not len(values):
+        raise ValueError(
+            f"A bootstrap needs (N,) values with N ≥ 1, a confidence in (0, 1) and at least one resample; got "
+            f"{tuple(values.shape)}, {confidence}, {resamples}."
+        )
+    values = values.double()
+    generator = torch.Generator().manual_seed(seed)
+    means, block = [], max(1, _BLOCK // len(values))
+    for start in range(0, resamples, block):
+        size = (min(block, resamples - start), len(values))
+        means.append(values[torch.randint(len(values), size, generator=generator)].mean(1))
+    tail = (1 - confidence) / 2
+    low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(values.mean().item(), low, high)
+
+
+def accuracy(predictions: Int[Tensor, " N"], labels: Int[Tensor, " N"], **bootstrap: float) -> Interval:
+    """Share of right predictions, in [0, 1], with its bootstrap interval; chance is the largest base rate."""
+    return bootstrap_mean(_right(predictions, labels).double(), **bootstrap)  # type: ignore[arg-type]
+
+
+def confusion_matrix(
+    predictions: Int[Tensor, " N"], labels: Int[Tensor, " N"], classes: int
+) -> Int[Tensor, "classes classes"]:
+    """How many rows of class i (row) were said to be of class j (column)."""
+    _right(predictions, labels)
+    both = torch.cat([predictions, labels])
+    if len(both) and not 0 <= int(both.min()) <= int(both.max()) < classes:
+        raise ValueError(f"Classes must lie in 0…{classes - 1}, got {int(both.min())}…{int(both.max())}.")
+    return torch.bincount(labels * classes + predictions, minlength=classes**2).reshape(classes, classes)
+
+
+def per_class_accuracy(
+    predictions: Int[Tensor, " N"], labels: Int[Tensor, " N"], classes: int
+) -> Float[Tensor, " classes"]:
+    """Share of right predictions among the rows of each class (recall), in [0, 1]; NaN for a class without rows."""
+    counts = confusion_matrix(predictions, labels, classes).double()
+    return counts.diagonal() / counts.sum(1)
+
+
+def expected_calibration_error(
+    probabilities: Float[Tensor, "N classes"], labels: Int[Tensor, " N"], bins: int = 15
+) -> float:
+    """Σ_b |B_b|/N · |accuracy(B_b) − confidence(B_b)| over bins of equal width of the largest probability, in [0, 1];
+    0 is calibrated (Guo et al. 2017, eq. 3). Bin b is ((b − 1)/bins, b/bins].
+
+    Raises:
+        ValueError: if rows are no probabilities: give `logits.softmax(1)`.
+    """
+    totals = probabilities.double().sum(1)
+    if bool((probabilities < 0).any()) or not torch.allclose(totals, torch.ones_like(totals), atol=1e-4):
+        raise ValueError("Rows must be probabilities, ≥ 0 with the sum 1. Give logits.softmax(1).")
+    confidence, said = probabilities.double().max(1)
+    number = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
+    gap = _right(said, labels).double() - confidence
+    return torch.zeros(bins, dtype=torch.float64).index_add_(0, number, gap).abs().sum().item() / len(labels)
+
+
+def _right(predictions: Tensor, labels: Tensor) -> Bool[Tensor, " N"]:
+    if predictions.shape != labels.shape or predictions.ndim != 1:
+        raise ValueError(
+            f"Predictions and labels must be class numbers (N,), got {tuple(predictions.shape)} and "
+            f"{tuple(labels.shape)}. Give logits.argmax(1)."
+        )
+    return predictions == labels
+
+
+@dataclass(frozen=True)
+class ReconstructedAccuracy:
+    """A probe's accuracy on features and on an SAE's reconstructions of them."""
+
+    original: Interval
+    reconstructed: Interval
+    difference: Interval
+    """reconstructed − original, resampled by image, so that it is paired."""
+    agreement: float
+    """Share of the rows for which the probe says the same of both, in [0, 1]."""
+
+
+def reconstructed_accuracy(
+    original: Int[Tensor, " N"], reconstructed: Int[Tensor, " N"], labels: Int[Tensor, " N"], **bootstrap: float
+) -> ReconstructedAccuracy:
+    """From what the probe predicts of both."""
+    before, after = _right(original, labels).double(), _right(reconstructed, labels).double()
+    values = (before, after, after - before)
+    first, second, difference = (bootstrap_mean(value, **bootstrap) for value in values)  # type: ignore[arg-type]
+    return ReconstructedAccuracy(first, second, difference, (original == reconstructed).double().mean().item())
+
+
+@torch.no_grad()
+def probe_reconstructions(
+    probe: DiffusionProbe,
+    sae: KSparseAutoencoder,
+    features: FeatureSet,
+    batch_size: int = 1024,
+    *,
+    allow_mismatch: bool = False,
+    **bootstrap: float,
+) -> ReconstructedAccuracy:
+    """Downstream cost of an SAE: the accuracy of a linear probe on its reconstructions, beside that on the features.
+
+    Raises:
+        ValueError: for features without labels, or of another extraction than the probe's or the SAE's.
+    """
+    if features.labels is None:
+        raise ValueError("A probe's accuracy needs labels, and these features have none.")
+    sae.require_features(features, allow_mismatch=allow_mismatch)
+    probe.require_features(features, allow_mismatch=allow_mismatch)
+    training, said = sae.training, ([], [])
+    sae.eval()
+    try:
+        for start in range(0, len(features), batch_size):
+            batch = features[start : start + batch_size]
+            timesteps = None
+            if sae.config.timesteps is not None:
+                timesteps = features.timesteps_of(torch.arange(start, start + len(batch)))
+            rebuilt = sae(batch.to(sae.device), timesteps=timesteps).reconstruction.cpu()
+            for predictions, rows in zip(said, (batch, rebuilt), strict=True):
+                predictions.append(probe.predict(rows).argmax(1))
+    finally:
+        sae.train(training)
+    return reconstructed_accuracy(torch.cat(said[0]), torch.cat(said[1]), features.labels, **bootstrap)
