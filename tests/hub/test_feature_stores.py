@@ -37,18 +37,20 @@ PUSH = (
     NAMES
     + """
     from huggingface_hub import DatasetCard, HfApi
-    from diffusion_sae.features import StoreWriter
+    from diffusion_sae.features import LabelSet, StoreWriter
     from diffusion_sae.provenance import Provenance
 
     def write(folder, shard_size):
         record = Provenance(model="some/model", layers=LAYERS, timesteps=TIMESTEPS, pooling="tokens", weights="abc")
-        names, labels = [f"{i}.png" for i in range(8)], [0, 1] * 4
+        names, labels, sizes = [f"{i}.png" for i in range(8)], [0, 1] * 4, [0, 0, 1, 1] * 2
         writer = StoreWriter(folder, record, source_names=names, labels=labels, class_names=["square", "disc"],
-                             shard_size=shard_size, store_dtype="float16")
+                             shard_size=shard_size, store_dtype="float16",
+                             more_labels={"size": LabelSet(sizes, ["small", "large"])})
         for number in writer.missing:
             shard, rows = writer.new_shard(), writer.part.rows(number)
             values = {key: value[rows.start : rows.stop] for key, value in features().items()}
-            shard.add(values, [f"id-{i}" for i in rows], [names[i] for i in rows], [labels[i] for i in rows])
+            shard.add(values, [f"id-{i}" for i in rows], [names[i] for i in rows], [labels[i] for i in rows],
+                      {"size": [sizes[i] for i in rows]})
             writer.write(number, shard)
         unfinished = FeatureStore(folder)
         writer.finish()
@@ -91,6 +93,8 @@ LOAD = (
     seen["repr"] = repr(store)
     seen["equal"] = all(torch.equal(store.select(*key)[:], expected[key].flatten(0, 1).float()) for key in KEYS)
     seen["labels"], seen["classes"] = store.labels.tolist(), store.class_names
+    sizes = store.select(*KEYS[0], labels="size")
+    seen["sizes"] = [sizes.image_labels.tolist(), sizes.class_names]
     seen["fingerprint"] = store.provenance.fingerprint
     seen["shards"] = [len(FeatureStore.from_hub(STORE, revision=r).marks) for r in (None, "small")]
     elsewhere = FeatureStore.from_hub(STORE, cache_dir=sys.argv[1])
@@ -104,6 +108,7 @@ LOAD = (
     attempt("stream missing", FeatureStore.stream, "revelio/missing", "up_ft1", 25)
     attempt("stream model", FeatureStore.stream, MODEL, "up_ft1", 25)
     attempt("stream no store", FeatureStore.stream, "revelio/no-store", "up_ft1", 25)
+    attempt("stream labels", FeatureStore.stream, STORE, "up_ft1", 25, labels="colour")
     attempt("stream layer", FeatureStore.stream, STORE, "up_ft9", 25)
     print(json.dumps(seen))
 """
@@ -118,6 +123,8 @@ STREAM = (
     parts = list(FeatureStore.stream(STORE, "up_ft1", 100))
     seen["equal"] = torch.equal(torch.cat([part[:] for part in parts]), expected.flatten(0, 1).float())
     seen["images"] = [part.num_images for part in parts]
+    by_size = list(FeatureStore.stream(STORE, "up_ft1", 100, labels="size"))
+    seen["sizes"] = [torch.cat([part.image_labels for part in by_size]).tolist(), by_size[0].class_names]
     import os
     seen["on the disk"] = [str(p) for p in Path(os.environ["HF_HOME"]).rglob("*") if "shard" in p.name]
     print(json.dumps(seen))
@@ -171,6 +178,7 @@ def test_the_card(pushed: Any) -> None:
     assert f'FeatureStore.from_hub("{STORE}")' in card
     assert "Activations of `some/model` on 8 images" in card
     assert "| labels | square, disc |" in card
+    assert "| labels `size` | small, large |" in card
     assert "| type of the stored numbers | float16 |" in card
     assert "| pooling | `tokens` |" in card
     assert "| weights | `abc` |" in card
@@ -191,6 +199,7 @@ def test_from_hub(hub: HubServer, run_client: RunClient, pushed: Any, tmp_path: 
     assert seen["equal"]
     assert "8 images" in seen["repr"]
     assert (seen["labels"], seen["classes"]) == ([0, 1] * 4, ["square", "disc"])
+    assert seen["sizes"] == [[0, 0, 1, 1] * 2, ["small", "large"]]
     assert seen["shards"] == [3, 4]
     assert seen["elsewhere"]
     for name in ("missing", "private", "stream missing"):
@@ -204,6 +213,7 @@ def test_from_hub(hub: HubServer, run_client: RunClient, pushed: Any, tmp_path: 
     assert "'revelio/no-store' has no file manifest.json" in seen["stream no store"][1]
     assert f"The data set {STORE!r} has no branch, tag or commit 'v9'" in seen["revision"][1]
     assert "layer must be one of 'bottleneck', 'up_ft1', got 'up_ft9'" in seen["stream layer"][1]
+    assert "have no labels 'colour'. Their labels: 'label', 'size'." in seen["stream labels"][1]
 
     offline = answer(run_client(CACHED, cache=cache, offline=True))
     assert offline["images"] == 8
@@ -219,6 +229,7 @@ def test_streaming_downloads_one_tensor_of_one_shard_at_a_time(
     assert seen["row"] == [4, [0] * 4 + [1] * 4 + [0] * 4, ["id-0", "id-1", "id-2"], [100]]
     assert seen["equal"]
     assert seen["images"] == [3, 3, 2]
+    assert seen["sizes"] == [[0, 0, 1, 1] * 2, ["small", "large"]]
     assert seen["on the disk"] == []
     asked = [path for method, path in hub.requests[before:] if method == "GET" and "/resolve/" in path]
     # of the private store only the first shard was asked for

@@ -104,3 +104,5 @@ def test_what_is_not_embedded(name):
 def test_unknown_split():
     with pytest.raises(ValueError, match=rf"{IMAGES} has no split 'dev'\. Splits: train, validation, test"):
         embedded_images("dev")
+    with pytest.raises(ValueError, match=rf"'mnist' is no embedded data set\. Embedded data sets: {IMAGES}"):
+        embedded_images("test", "mnist")

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from .options import PROBE, PROBE_TRAINING, add_options, given
-from .selection import add_selection, select
+from .selection import add_labels, add_selection, select
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation-store", help="store to choose on (default: a part of the training images)")
     parser.add_argument("--test-store", help="store to report on, once, after everything is chosen")
     add_selection(parser)
+    add_labels(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
     add_options(parser, "probe", *PROBE, leave_out=("d_in",))
     add_options(parser, "training", *PROBE_TRAINING)

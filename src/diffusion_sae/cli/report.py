@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from .selection import add_selection, select
+from .selection import add_labels, add_selection, select
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="split of a named data set (default: train)")
     parser.add_argument("--latents", type=int, default=24, help="how many of the purest latents to show (default: 24)")
     add_selection(parser)
+    add_labels(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

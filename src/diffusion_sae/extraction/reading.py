@@ -77,7 +77,9 @@ class Reading:
             pixel_values = torch.stack([image.pixel_values for image in kept if image.pixel_values is not None])
             prompts = None if self.texts is None else [self.texts[row] for row in rows]
             features = self.extractor.features_of(pixel_values, ids, prompts)
-            shard.add(dict(features), ids, [source.names[r] for r in rows], [source.labels[r] for r in rows])
+            more_labels = {name: [further.values[r] for r in rows] for name, further in source.more_labels.items()}
+            names, labels = [source.names[r] for r in rows], [source.labels[r] for r in rows]
+            shard.add(dict(features), ids, names, labels, more_labels)
 
 
 def with_texts(source: ImageSource, prompts: Sequence[str] | None, prompt_from: str) -> ImageSource:

@@ -93,6 +93,8 @@ class _Run:
             source_names=self.source.names,
             labels=self.source.labels,
             class_names=self.source.class_names,
+            label_name=self.source.label_name,
+            more_labels=self.source.more_labels,
             shard_size=self.options.shard_size,
             store_dtype=self.options.store_dtype,
             append=self.options.append,

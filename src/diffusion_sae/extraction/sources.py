@@ -2,15 +2,16 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from ..features.columns import StringColumn
-from ..zoo import IMAGES, embedded_images
+from ..features.labels import LABEL, LabelSet
+from ..zoo import embedded_datasets, embedded_images
 from .images import IMAGE_SUFFIXES, load_image
 
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # of a data set: mnist, ylecun/mnist
@@ -32,15 +33,43 @@ class ImageSource:
     """A prompt an image, from a text column."""
     concurrent: bool = False
     """Whether several threads may call `read` at once; not so for a user's own sequence, of which nothing is known."""
+    label_name: str = LABEL
+    """What the data call the labels."""
+    more_labels: Mapping[str, LabelSet] = field(default_factory=dict)
+    """Further labels of the images, by name: fine classes beside coarse ones. A store keeps them all."""
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def first(self, limit: int | None) -> "ImageSource":
+    def first(self, limit: int | None) -> Self:
         if limit is None:
             return self
-        texts = None if self.texts is None else self.texts[:limit]
-        return dataclasses.replace(self, names=self.names[:limit], labels=self.labels[:limit], texts=texts)
+        return dataclasses.replace(
+            self,
+            names=self.names[:limit],
+            labels=self.labels[:limit],
+            texts=None if self.texts is None else self.texts[:limit],
+            more_labels={n: dataclasses.replace(s, values=s.values[:limit]) for n, s in self.more_labels.items()},
+        )
+
+    def labelled_by(self, name: str) -> Self:
+        """The same images with other of their labels as `labels`; those of before become further ones.
+
+        Raises:
+            ValueError: for labels that they do not have.
+        """
+        if name == self.label_name:
+            return self
+        if name not in self.more_labels:
+            known = ", ".join(map(repr, (self.label_name, *self.more_labels)))
+            raise ValueError(f"The images have no labels {name!r}. Their labels: {known}.")
+        chosen = self.more_labels[name]
+        others = {other: labels for other, labels in self.more_labels.items() if other != name}
+        if self.class_names is not None:
+            others = {self.label_name: LabelSet(self.labels, self.class_names), **others}
+        return dataclasses.replace(
+            self, labels=chosen.values, class_names=chosen.class_names, label_name=name, more_labels=others
+        )
 
 
 def from_folder(folder: Path) -> ImageSource:
@@ -71,7 +100,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def from_dataset(table: Any, name: str) -> ImageSource:
-    """A `datasets.Dataset` with an image column, and a label column if there is one."""
+    """A `datasets.Dataset` with an image column, and its label columns; ClassLabels beside the first are kept too."""
     from datasets import ClassLabel, Image, Value
 
     images = [column for column, feature in table.features.items() if isinstance(feature, Image)]
@@ -89,6 +118,7 @@ def from_dataset(table: Any, name: str) -> ImageSource:
     if label_column is not None:
         labels = list(table[label_column])
         class_names = table.features[label_column].names if label_column in classed else None
+    others = [c for c in classed if c != label_column]
     encoded = table.cast_column(column, Image(decode=False))
 
     def read(i: int) -> Any:
@@ -102,14 +132,16 @@ def from_dataset(table: Any, name: str) -> ImageSource:
         class_names,
         texts=None if texts is None else table[texts],
         concurrent=True,
+        label_name=label_column or LABEL,
+        more_labels={c: LabelSet(list(table[c]), table.features[c].names) for c in others},
     )
 
 
 def _load_named(name: str, split: str) -> Any:
     from datasets import Dataset, load_dataset
 
-    if name == IMAGES:
-        return Dataset.from_parquet(str(embedded_images(split)))
+    if name in embedded_datasets():
+        return Dataset.from_parquet(str(embedded_images(split, name)))
     path = Path(name)
     if path.suffix == ".parquet" and path.is_file():
         return Dataset.from_parquet(name)

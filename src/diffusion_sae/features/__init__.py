@@ -1,6 +1,7 @@
 """The seam: plain tensors (N, d_in), and a manifest that says where they came from."""
 
 from .feature_set import FeatureSet, as_feature_set
+from .labels import LabelSet
 from .shuffle import ShuffledBatches
 from .source import FeatureSource
 from .store import FeatureStore
@@ -10,6 +11,7 @@ __all__ = [
     "FeatureSet",
     "FeatureSource",
     "FeatureStore",
+    "LabelSet",
     "Shard",
     "ShuffledBatches",
     "StoreWriter",

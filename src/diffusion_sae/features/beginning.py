@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from typing import Self
@@ -13,6 +13,7 @@ import numpy as np
 from .._files import require_writable_folder, write_json
 from ..provenance import Provenance, require_same_provenance
 from .checks import finished_shards, read_index, require_all
+from .labels import LABEL, LabelSet
 from .layout import FORMAT_VERSION, MANIFEST, Manifest, Part, ShardMark, shard_name
 
 State = tuple[Manifest, Part, list[int]]
@@ -32,6 +33,9 @@ class DataRecord:
     shard_size: int
     class_names: list[str] | None
     labelled: bool
+    label_name: str = LABEL
+    more_labels: dict[str, list[str]] = field(default_factory=dict)
+    """Class names of the further labels."""
 
     @classmethod
     def of(
@@ -41,6 +45,8 @@ class DataRecord:
         class_names: Sequence[str] | None,
         shard_size: int,
         texts: Sequence[str] | None = None,
+        label_name: str = LABEL,
+        more_labels: Mapping[str, LabelSet] | None = None,
     ) -> Self:
         classes = None if class_names is None else list(class_names)
         digest = hashlib.sha256(f"{classes!r} {shard_size}\n".encode())
@@ -48,7 +54,26 @@ class DataRecord:
         for name, label, text in zip(names, labels, repeat(None) if texts is None else texts, strict=False):
             digest.update(f"{name!r} {label} {text!r}\n".encode())
             labelled &= label is not None
-        return cls(digest.hexdigest()[:16], len(names), shard_size, classes, labelled)
+        # by name, as they are when the manifest is read again, so that a resumed run writes the same columns
+        ordered = dict(sorted((more_labels or {}).items()))
+        for name, further in ordered.items():
+            digest.update(f"{name!r} {further.class_names!r} {list(further.values)!r}\n".encode())
+        further_classes = {name: list(further.class_names) for name, further in ordered.items()}
+        fingerprint = digest.hexdigest()[:16]
+        return cls(fingerprint, len(names), shard_size, classes, labelled, label_name, further_classes)
+
+    def manifest(self, provenance: Provenance, dtype: str) -> Manifest:
+        """Of a store that begins with these images."""
+        return Manifest(
+            FORMAT_VERSION,
+            provenance.to_dict(),
+            dtype,
+            self.class_names,
+            self.labelled,
+            [self.part(0)],
+            label_name=self.label_name,
+            more_labels=self.more_labels,
+        )
 
     def part(self, first_shard: int) -> Part:
         return Part(self.fingerprint, self.num_images, self.shard_size, first_shard)
@@ -71,9 +96,7 @@ def begin_or_continue(
                 f"There is no feature store in {str(folder)!r} to append to. Leave out append to begin one."
             )
         require_writable_folder(folder)
-        manifest = Manifest(
-            FORMAT_VERSION, provenance.to_dict(), dtype, data.class_names, data.labelled, [data.part(0)]
-        )
+        manifest = data.manifest(provenance, dtype)
         finished_shards(folder, dataclasses.replace(manifest, parts=[Part("", 0, 1, 0)]))  # else they would be counted
         write_json(folder / MANIFEST, manifest.to_dict())
         return manifest, manifest.parts[0], list(manifest.parts[0].shards)
@@ -164,6 +187,12 @@ class _Continued:
             raise ValueError(
                 f"{self.what} has {kinds[self.manifest.labelled]}, the data to append has {kinds[data.labelled]}. "
                 "Give both or neither labels, or begin a new store."
+            )
+        if data.more_labels != self.manifest.more_labels:
+            raise ValueError(
+                f"{self.what} has the further labels {self.manifest.more_labels}, the data to append "
+                f"{data.more_labels}. They must be equal in name and class names: rename or cast the columns first, or "
+                "begin a new store."
             )
         return data.part(self.manifest.num_shards)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._files import fingerprint_of, write_atomically
 from .checks import read_index
+from .labels import label_column
 from .layout import DATA, MappedRows, read_header, shard_name, tensor_name
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def to_dataset(store: "FeatureStore", keys: Sequence[tuple[str, int]], cache_dir
     features = _features(store, columns)
     marks = {number: mark for number, mark in store.marks.items() if mark.rows}
     content = {"shards": [mark.sha256 for mark in marks.values()], "columns": columns, "classes": store.class_names}
+    if store.manifest.more_labels:
+        content["more_classes"] = store.manifest.more_labels
     folder = Path(cache_dir or config.HF_DATASETS_CACHE) / "diffusion_sae" / fingerprint_of(content)
     parts = []
     for number in marks:
@@ -44,6 +47,8 @@ def _features(store: "FeatureStore", columns: list[str]) -> Any:
     types: dict[str, Any] = {"image_id": Value("string"), "source": Value("string")}
     if store.labels is not None:
         types["label"] = Value("int64") if store.class_names is None else ClassLabel(names=store.class_names)
+    for name, class_names in store.manifest.more_labels.items():
+        types[label_column(name)] = ClassLabel(names=class_names)
     tokens = store.provenance.pooling == "tokens"
     if tokens:
         types["position"] = Value("int64")

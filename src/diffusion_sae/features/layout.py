@@ -2,7 +2,7 @@
 
     features/pets/manifest.json            provenance, class names, and of which data sets the images are
                   shard-00000.safetensors  one tensor a (layer, timestep), named `up_ft1@25`: (n, C), (n, T, C), …
-                  shard-00000.parquet      image_id, source, label of its rows
+                  shard-00000.parquet      image_id, source, label of its rows, and further labels: label_subgroup
                   shard-00000.json         its mark: rows, bytes and SHA-256 of both files, images that were skipped
 
 A shard counts once it has its mark, which is written last; what a killed run left beside is made again. The manifest
@@ -24,11 +24,13 @@ from torch import Tensor
 from .._config import exact_keys
 from .._files import parse_json
 from ..provenance import Provenance
+from .labels import LABEL, StoredLabels, label_column
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 DATA, INDEX, MARK = ".safetensors", ".parquet", ".json"
 METADATA = "__metadata__"  # safetensors' name
+LATER = {"label_name": LABEL, "more_labels": {}}  # fields of the manifest that not every store has, and what it means
 # safetensors' names; bf16 has no numpy type and is mapped as int16
 TYPES = {
     "F32": (np.float32, torch.float32),
@@ -110,10 +112,28 @@ class Manifest:
     complete: bool = False
     shards: list[ShardMark] = field(default_factory=list)
     """All of them in a complete store, none before."""
+    label_name: str = LABEL
+    """What the data call the labels that `class_names` are of."""
+    more_labels: dict[str, list[str]] = field(default_factory=dict)
+    """Class names of the further labels, by name."""
 
     @property
     def num_shards(self) -> int:
         return self.parts[-1].shards.stop
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The default one first."""
+        return *((self.label_name,) if self.labelled else ()), *self.more_labels
+
+    def labels_named(self, name: str | None) -> StoredLabels:
+        """Raises ValueError for labels that the images do not have; None: the default ones, which may be none."""
+        if name is None or (name == self.label_name and self.labelled):
+            return StoredLabels(LABEL, self.class_names)
+        if name not in self.more_labels:
+            known = ", ".join(map(repr, self.label_names)) or "none"
+            raise ValueError(f"The images have no labels {name!r}. Their labels: {known}.")
+        return StoredLabels(label_column(name), self.more_labels[name])
 
     def part_of(self, shard: int) -> Part:
         return next(part for part in self.parts if shard in part.shards)
@@ -131,7 +151,9 @@ class Manifest:
         return f"{shard_name(shard)} of {self._fingerprint} over {self.part_of(shard).data_fingerprint}"
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without further labels, what it was before there were any: a store's files stay the same."""
+        content = asdict(self)
+        return {key: value for key, value in content.items() if key not in LATER or value != LATER[key]}
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -154,7 +176,7 @@ class Manifest:
                 f"{where} has format version {version!r}; this library reads {FORMAT_VERSION}. Extract again, or use "
                 "the library's version that wrote it."
             )
-        content = exact_keys(cls, content, where)
+        content = exact_keys(cls, LATER | content, where)
         parts = [Part(**exact_keys(Part, part, where)) for part in content["parts"]]
         shards = [ShardMark.from_dict(mark, where) for mark in content["shards"]]
         return cls(**content | {"parts": parts, "shards": shards})

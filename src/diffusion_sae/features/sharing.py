@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from ..hub.dataset import RemoteDataset, dataset_card, push_dataset
 from .columns import StringColumn
 from .feature_set import FeatureSet
+from .labels import StoredLabels
 from .layout import DATA, INDEX, MANIFEST, MARK, METADATA, Manifest, ShardMark, as_tensor, parse_header, tensor_name
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def _card(store: "FeatureStore", repo_id: str) -> Any:
         ("images", f"{len(store):,}"),
         ("skipped, as they could not be read", len(store.skipped)),
         ("labels", "none" if store.labels is None else ", ".join(classes) if classes else "numbers"),
+        *((f"labels `{name}`", ", ".join(names)) for name, names in store.manifest.more_labels.items()),
         ("type of the stored numbers", store.manifest.dtype),
         ("shards", len(store.marks)),
     ]
@@ -60,38 +61,43 @@ def _card(store: "FeatureStore", repo_id: str) -> Any:
     )
 
 
-def stream_store(repo_id: str, layer: str, timestep: int, **hub: Any) -> Iterator[FeatureSet]:
+def stream_store(repo_id: str, layer: str, timestep: int, labels: str | None, **hub: Any) -> Iterator[FeatureSet]:
     """See `FeatureStore.stream`; errors about the repository, layer and timestep come at once."""
     remote = RemoteDataset(repo_id, **hub)
     manifest = Manifest.parse(bytes(remote.read(MANIFEST)), f"{MANIFEST} of {repo_id}")
     manifest.record.select(layer, timestep)
+    chosen = manifest.labels_named(labels)
     return (
-        _read_shard(remote, manifest, number, mark, layer, timestep)
+        _read_shard(remote, manifest, number, mark, (layer, timestep), chosen)
         for number, mark in enumerate(manifest.shards)
         if mark.rows
     )
 
 
 def _read_shard(
-    remote: RemoteDataset, manifest: Manifest, number: int, mark: ShardMark, layer: str, timestep: int
+    remote: RemoteDataset,
+    manifest: Manifest,
+    number: int,
+    mark: ShardMark,
+    key: tuple[str, int],
+    chosen: StoredLabels,
 ) -> FeatureSet:
     name, where = mark.name + DATA, f"{mark.name}{DATA} of {remote.repo_id}"
     length = struct.unpack("<Q", remote.read(name, 0, 8))[0]
     header = parse_header(bytes(remote.read(name, 8, 8 + length)), where)
     if header.get(METADATA, {}).get("shard") != manifest.mark_of(number):
         raise ValueError(f"{where} is from another store than its {MANIFEST}. Push the store again.")
-    entry = header[tensor_name(layer, timestep)]
+    entry = header[tensor_name(*key)]
     begin, end = (8 + length + offset for offset in entry["data_offsets"])
     features = as_tensor(np.frombuffer(remote.read(name, begin, end), np.uint8), entry)
     index = pq.read_table(pa.BufferReader(bytes(remote.read(mark.name + INDEX))))
-    labels = None if index["label"].null_count else torch.from_numpy(index["label"].to_numpy().copy())
     tokens = manifest.record.pooling == "tokens"
     return FeatureSet(
         [features.flatten(0, 1) if tokens else features],  # (n, T, C) -> (n·T, C)
         rows_per_image=features.shape[1] if tokens else 1,
-        labels=labels,
+        labels=chosen.read(index),
         image_ids=StringColumn(index["image_id"]),
-        class_names=manifest.class_names,
-        provenance=manifest.record.select(layer, timestep),
-        timesteps=(timestep,),
+        class_names=chosen.class_names,
+        provenance=manifest.record.select(*key),
+        timesteps=key[1:],
     )

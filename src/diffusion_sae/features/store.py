@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..hub.dataset import download_dataset
 from .checks import damaged_files, finished_shards, read_index, require_all
-from .columns import INDEX_SCHEMA, StringColumn
+from .columns import StringColumn
 from .export import to_dataset
 from .feature_set import FeatureSet
+from .labels import index_schema, read_labels
 from .layout import DATA, Manifest, MappedRows, read_header, repair, shard_name, tensor_name
 from .sharing import PATTERNS, push_store, stream_store
 
@@ -84,7 +85,7 @@ class FeatureStore:
     @cached_property
     def _index(self) -> pa.Table:
         tables = [read_index(self.path, number) for number in self.marks]
-        return pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
+        return pa.concat_tables(tables) if tables else index_schema(self.manifest.more_labels).empty_table()
 
     @property
     def image_ids(self) -> StringColumn:
@@ -98,11 +99,13 @@ class FeatureStore:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """(images,); None if not all images have one."""
-        column = self._index["label"]
-        if not len(column) or column.null_count:
-            return None
-        return torch.from_numpy(column.to_numpy().copy())
+        """(images,); None if not all images have one. These are the default ones of `label_names`."""
+        return read_labels(self._index)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """What `select` takes as `labels`, the default first, the others by name; () if there are none."""
+        return self.manifest.label_names
 
     def __len__(self) -> int:
         """Number of images."""
@@ -130,27 +133,32 @@ class FeatureStore:
     def _no_images(self) -> ValueError:
         return ValueError(f"The feature store {str(self.path)!r} holds no images yet. Run the extraction to its end.")
 
-    def select(self, layer: str, timestep: int | Sequence[int]) -> FeatureSet:
+    def select(self, layer: str, timestep: int | Sequence[int], *, labels: str | None = None) -> FeatureSet:
         """Features of one layer, memory-mapped.
 
         Args:
             layer: one of `layers`.
             timestep: one of `timesteps`, or several: then all rows of the first come first, of the same images in the
                 same order at each, and `timesteps` of the FeatureSet says which a row is of.
+            labels: one of `label_names`, such as fine classes instead of coarse ones; default the first.
 
         Raises:
-            ValueError: for a layer or timestep that the store does not have, and for repeated timesteps.
+            ValueError: for a layer, timestep or labels that the store does not have, and for repeated timesteps.
         """
         provenance = self.provenance.select(layer, timestep)
+        chosen = self.manifest.labels_named(labels)
         if not len(self):
             raise self._no_images()
+        values = chosen.read(self._index)
+        if values is None and labels is not None:
+            raise ValueError(f"Not all images in {str(self.path)!r} have one of the labels {labels!r}.")
         positions = self._rows_per_image(layer, provenance.timesteps[0])
         return FeatureSet(
             [block for t in provenance.timesteps for block in self._blocks(layer, t)],
             rows_per_image=positions * len(provenance.timesteps),
-            labels=self.labels,
+            labels=values,
             image_ids=self.image_ids,
-            class_names=self.class_names,
+            class_names=chosen.class_names,
             provenance=provenance,
             timesteps=provenance.timesteps,
         )
@@ -172,10 +180,11 @@ class FeatureStore:
     ) -> Any:
         """The store as a `datasets.Dataset`, written shard by shard into Arrow files that are then memory-mapped.
 
-        Columns: `image_id`, `source`, `label` if the images have labels (a ClassLabel if they have names), for tokens
-        `position`, and one of features a layer and timestep, named like the tensor: `up_ft1@25`. Features are lists of
-        fixed length, (C,), or nested ones, (C, h, w); a row is an image, for tokens a position of one. Their type is
-        the stored one, save that bfloat16, which Arrow does not have, becomes float32.
+        Columns: `image_id`, `source`, `label` if the images have labels (a ClassLabel if they have names), further ones
+        as `label_subgroup` and the like, for tokens `position`, and one of features a layer and timestep, named like
+        the tensor: `up_ft1@25`. Features are lists of fixed length, (C,), or nested ones, (C, h, w); a row is an image,
+        for tokens a position of one. Their type is the stored one, save that bfloat16, which Arrow does not have,
+        becomes float32.
 
         Args:
             layer, timestep: only these; default all.
@@ -237,17 +246,24 @@ class FeatureStore:
 
     @staticmethod
     def stream(
-        repo_id: str, layer: str, timestep: int, *, revision: str | None = None, token: str | bool | None = None
+        repo_id: str,
+        layer: str,
+        timestep: int,
+        *,
+        labels: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> Iterator[FeatureSet]:
         """Features of a store on the Hub, one shard after another: nothing is kept on the disk, one shard in memory.
 
-        Of each shard only the tensor that is asked for is downloaded. Shards without rows are left out.
+        Of each shard only the tensor that is asked for is downloaded. Shards without rows are left out. `labels` as in
+        `select`.
 
         Yields:
             The rows of a shard as a FeatureSet: `part[:]` (n, d_in) in fp32, `part.labels`, `part.image_ids`.
 
         Raises:
             FileNotFoundError: if there is no such data set, or it holds no feature store.
-            ValueError: for a layer or timestep that the store does not have.
+            ValueError: for a layer, timestep or labels that the store does not have.
         """
-        return stream_store(repo_id, layer, timestep, revision=revision, token=token)
+        return stream_store(repo_id, layer, timestep, labels, revision=revision, token=token)

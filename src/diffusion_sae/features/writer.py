@@ -1,7 +1,7 @@
 """Writing a feature store, shard by shard, so that a kill at any moment loses at most the shards in work."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -17,7 +17,7 @@ from .._files import remove_leftovers, sha256_of, write_atomically, write_json
 from ..provenance import DTYPES, Provenance
 from .beginning import DataRecord, begin_or_continue
 from .checks import finished_shards
-from .columns import INDEX_SCHEMA
+from .labels import LABEL, LabelSet, index_schema
 from .layout import DATA, INDEX, MANIFEST, MARK, Manifest, Part, ShardMark, shard_name, tensor_name
 
 
@@ -31,6 +31,7 @@ class Shard:
     image_ids: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     labels: list[int | None] = field(default_factory=list)
+    more_labels: dict[str, list[int | None]] = field(default_factory=dict)
     skipped: list[dict[str, str]] = field(default_factory=list)
 
     def add(
@@ -39,8 +40,11 @@ class Shard:
         image_ids: Sequence[str],
         sources: Sequence[str],
         labels: Sequence[int | None],
+        more_labels: Mapping[str, Sequence[int | None]] | None = None,
     ) -> None:
         """Images of one batch: features {(layer, timestep): (B, …)} and one entry an image of the others.
+
+        The further labels go by the names that the store was begun with.
 
         Raises:
             ValueError: for NaN or infinite values, and for such as are too large for `dtype`.
@@ -64,6 +68,26 @@ class Shard:
         self.image_ids += image_ids
         self.sources += sources
         self.labels += labels
+        for name, values in (more_labels or {}).items():
+            self.more_labels.setdefault(name, []).extend(values)
+
+    def index(self, further: Sequence[str]) -> pa.Table:
+        """What the Parquet file holds, of images with these further labels.
+
+        Raises:
+            ValueError: if not every image has them.
+        """
+        rows = len(self.image_ids)
+        for name in {*further, *self.more_labels}:
+            values = self.more_labels.get(name, [])
+            if name not in further or len(values) != rows:
+                raise ValueError(
+                    f"{rows} images came with {len(values)} labels {name!r}; the store was begun with the further "
+                    f"labels {list(further)}, one an image. Give Shard.add those and no others."
+                )
+        columns = [self.image_ids, self.sources, self.labels, *(self.more_labels.get(name, []) for name in further)]
+        schema = index_schema(further)
+        return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
 
 
 def _not_finite(values: Tensor, sources: Sequence[str]) -> list[str]:
@@ -90,6 +114,8 @@ class StoreWriter:
         store_dtype: str | None = None,
         append: bool = False,
         texts: Sequence[str] | None = None,
+        label_name: str = LABEL,
+        more_labels: Mapping[str, LabelSet] | None = None,
         other_image: Callable[[int, str], bool] | None = None,
     ) -> None:
         """Open a store for writing; on return the manifest is on the disk.
@@ -99,6 +125,8 @@ class StoreWriter:
             provenance: the extraction that makes the features.
             source_names, labels, texts: of each image of the data set; texts are its prompts, if it has its own.
             class_names: what the labels mean.
+            label_name: what the data call these labels.
+            more_labels: further labels of each image, by name.
             shard_size: images a shard.
             store_dtype: float32, bfloat16 or float16; None: that of the computation.
             append: the images come behind those of other data sets.
@@ -113,7 +141,7 @@ class StoreWriter:
         if store_dtype is not None:
             check_choice("store_dtype", store_dtype, DTYPES)
         self.folder = Path(folder)
-        data = DataRecord.of(source_names, labels, class_names, shard_size, texts)
+        data = DataRecord.of(source_names, labels, class_names, shard_size, texts, label_name, more_labels)
         self.manifest, self.part, self.missing = begin_or_continue(
             self.folder,
             provenance,
@@ -148,9 +176,7 @@ class StoreWriter:
                 f"These images make the shards {self.part.shards.start}…{self.part.shards.stop - 1}, got {number}."
             )
         name, says = shard_name(number), {"shard": self.manifest.mark_of(number)}
-        columns = [shard.image_ids, shard.sources, shard.labels]
-        arrays = [pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)]
-        index = pa.Table.from_arrays(arrays, schema=INDEX_SCHEMA.with_metadata(says))
+        index = shard.index(list(self.manifest.more_labels)).replace_schema_metadata(says)
         paths = {suffix: self.folder / (name + suffix) for suffix in (DATA, INDEX)}
         write_atomically(paths[INDEX], lambda path: pq.write_table(index, path))
         # each list is given up as soon as it is joined

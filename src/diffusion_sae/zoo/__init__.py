@@ -5,6 +5,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parent
 IMAGES = "fashion-mnist-mini"
+_DATASETS = {IMAGES: "images"}
 DEFAULT_PROBE = "tiny-sd-up1-t50-fashion-mnist"
 
 
@@ -46,9 +47,21 @@ def resolve_source(name: str) -> str:
     return name
 
 
-def embedded_images(split: str) -> Path:
-    """Parquet file of the sample images: `train` (4,000), `validation` (1,000) or `test` (1,000)."""
-    path = _ROOT / "images" / f"{split}.parquet"
+def embedded_datasets() -> list[str]:
+    """Names that `open_images` and `extract` take for the images that come with the package."""
+    return list(_DATASETS)
+
+
+def embedded_images(split: str, dataset: str = IMAGES) -> Path:
+    """Parquet file of a split of the sample images: `train`, `validation` or `test`.
+
+    Args:
+        split: of `IMAGES` they are 4,000, 1,000 and 1,000 images.
+        dataset: one of `embedded_datasets()`.
+    """
+    if dataset not in _DATASETS:
+        raise ValueError(f"{dataset!r} is no embedded data set. Embedded data sets: {', '.join(_DATASETS)}.")
+    path = _ROOT / _DATASETS[dataset] / f"{split}.parquet"
     if not path.is_file():
-        raise ValueError(f"{IMAGES} has no split {split!r}. Splits: train, validation, test.")
+        raise ValueError(f"{dataset} has no split {split!r}. Splits: train, validation, test.")
     return path
