@@ -5,7 +5,8 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parent
 IMAGES = "fashion-mnist-mini"
-_DATASETS = {IMAGES: "images"}
+EMOJI = "emoji-mini"  # coarse and fine classes, a style of drawing a split
+_DATASETS = {IMAGES: "images", EMOJI: "emoji"}
 DEFAULT_PROBE = "tiny-sd-up1-t50-fashion-mnist"
 
 
@@ -56,7 +57,7 @@ def embedded_images(split: str, dataset: str = IMAGES) -> Path:
     """Parquet file of a split of the sample images: `train`, `validation` or `test`.
 
     Args:
-        split: of `IMAGES` they are 4,000, 1,000 and 1,000 images.
+        split: of `IMAGES` they are 4,000, 1,000 and 1,000 images, of `EMOJI` 2,614, 1,002 and 1,290.
         dataset: one of `embedded_datasets()`.
     """
     if dataset not in _DATASETS:
