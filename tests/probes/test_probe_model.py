@@ -33,7 +33,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ({"head": "mlp"}, "head must be one of 'linear', 'diff-c', got 'mlp'"),
+            ({"head": "svm"}, "head must be one of 'linear', 'mlp', 'diff-c', .*, got 'svm'"),
             ({"d_in": 0}, "d_in must be an integer ≥ 1, got 0"),
             ({"width": 0}, "width must be an integer ≥ 1, got 0"),
             ({"dropout": 1.5}, "dropout must be a number ≥ 0 and ≤ 1, got 1.5"),
@@ -73,7 +73,7 @@ class TestConfig:
     ("given", "message"),
     [
         ({"output_dir": ""}, "output_dir must name a folder"),
-        ({"optimizer": "sgd"}, "optimizer must be one of 'auto', 'lbfgs', 'adamw', got 'sgd'"),
+        ({"optimizer": "sgd"}, "optimizer must be one of 'auto', 'lbfgs', 'fista', 'adamw', got 'sgd'"),
         ({"l2_path": ()}, "l2_path must hold at least one strength"),
         ({"l2_path": (1e-3, -1.0)}, "l2_path must be a number ≥ 0, got -1.0"),
         ({"learning_rate": 0}, "learning_rate must be a number > 0"),
@@ -186,7 +186,7 @@ class TestDiffC:
         torch.testing.assert_close(probe(features=tokens).logits, probe(features=feature_map).logits)
 
     def test_tokens_of_no_square_are_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"10 tokens form no square grid; Diff-C needs whole activations"):
+        with pytest.raises(ValueError, match=r"10 tokens form no square grid; this head needs whole activations"):
             make_probe("diff-c")(features=torch.zeros(2, 10, 6))
 
 

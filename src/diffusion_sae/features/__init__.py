@@ -1,5 +1,6 @@
 """The seam: plain tensors (N, d_in), and a manifest that says where they came from."""
 
+from .aligned import AlignedFeatures
 from .feature_set import FeatureSet, as_feature_set
 from .labels import LabelSet
 from .shuffle import ShuffledBatches
@@ -8,6 +9,7 @@ from .store import FeatureStore
 from .writer import Shard, StoreWriter
 
 __all__ = [
+    "AlignedFeatures",
     "FeatureSet",
     "FeatureSource",
     "FeatureStore",

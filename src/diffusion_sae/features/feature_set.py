@@ -255,6 +255,18 @@ class FeatureSet:
             timesteps=self.of_timesteps,
         )
 
+    def with_labels(self, labels: Tensor, class_names: Sequence[str] | None = None) -> Self:
+        """The same rows with other labels, one entry an image: (images,) or, for several labels, (images, labels)."""
+        return type(self)(
+            self._blocks,
+            rows_per_image=self.rows_per_image,
+            labels=labels,
+            image_ids=self.image_ids,
+            class_names=class_names,
+            provenance=self.provenance,
+            timesteps=self.of_timesteps,
+        )
+
     def mean(self, rows: range | None = None) -> Float[Tensor, " d_in"]:
         """Mean row, of all or of a range without steps, accumulated in fp64."""
         rows = range(len(self)) if rows is None else rows

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..hub.dataset import download_dataset
+from .aligned import AlignedFeatures
 from .checks import damaged_files, finished_shards, read_index, require_all
 from .columns import StringColumn
 from .export import to_dataset
@@ -162,6 +163,15 @@ class FeatureStore:
             provenance=provenance,
             timesteps=provenance.timesteps,
         )
+
+    def aligned(self, layers: Sequence[str] | None = None, timesteps: Sequence[int] | None = None) -> AlignedFeatures:
+        """Features of several layers and timesteps side by side, for a fusion probe; default all of the store.
+
+        Raises:
+            ValueError: for a layer or timestep that the store does not have.
+        """
+        layers, timesteps = layers or self.layers, timesteps or self.timesteps
+        return AlignedFeatures({(layer, t): self.select(layer, t) for layer in layers for t in timesteps})
 
     def _blocks(self, layer: str, timestep: int) -> list[MappedRows]:
         positions = self._rows_per_image(layer, timestep)

@@ -1,25 +1,38 @@
 """DiffusionProbe: a frozen diffusion model's features and a small head, as one transformers model."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..features import FeatureSet
+from ..features import AlignedFeatures, FeatureSet
 from ..hub.artifact import ArtifactModel
 from ..provenance import require_same_provenance
-from .configuration import DiffusionProbeConfig
-from .heads import DiffCHead, LinearHead, as_feature_map
+from .configuration import SAE_KEYS, DiffusionProbeConfig
+from .examples import Examples, Features, by_name, split, to_device
+from .heads import SAEHead, build_head
+from .tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from ..extraction.extractor import DiffusionFeatureExtractor
 
+Given = Tensor | Mapping[Any, Tensor]
+
+
+@dataclass
+class DiffusionProbeOutput(ImageClassifierOutput):
+    """Result of a forward pass."""
+
+    latent_acts: Float[Tensor, "N num_latents"] | None = None
+    """Of an `sae` probe: the latents of each image, of which the logits are weighted sums."""
+
 
 class DiffusionProbe(ArtifactModel):
-    """A classifier on features of a frozen diffusion model.
+    """A classifier on features of a frozen diffusion model; with problem_type="regression" it gives numbers.
 
     Called with `features` it is the head alone. Called with `pixel_values` it extracts the features first, with the
     very extraction it was trained on; the diffusion model is loaded when first needed and is no part of the artifact.
@@ -32,31 +45,55 @@ class DiffusionProbe(ArtifactModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        with torch.random.fork_rng(devices=[]):  # torch's layers draw weights, which `_init_head` replaces
-            if config.head == "linear":
-                self.head: Any = LinearHead(config.d_in, config.num_labels)
-            else:
-                self.head = DiffCHead(config.d_in, config.num_labels, config.width, config.dropout)
+        with torch.random.fork_rng(devices=[]):  # torch's layers draw weights, which `initialise` replaces
+            self.head: Any = build_head(config)
+        if config.problem_type not in (None, *self.head.problem_types):
+            raise ValueError(
+                f"The head {config.head} is for {', '.join(self.head.problem_types)}, got {config.problem_type!r}."
+            )
         # not a submodule: it is no part of the weights, and building it on the meta device would lose its buffers
         self.__dict__["_extractor"] = None
         self.post_init()
-        self._init_head()
+        self.head.initialise(torch.Generator().manual_seed(config.init_seed))
+
+    @classmethod
+    def from_sae(cls, sae: Any, *, timestep: int | None = None, **config: Any) -> Self:
+        """A probe on the latents of an SAE, whose encoder it copies and whose features it takes.
+
+        Args:
+            sae: a KSparseAutoencoder.
+            timestep: of an SAE over several, the one of the probe's features.
+            **config: fields of DiffusionProbeConfig, such as id2label and latent_pooling.
+        """
+        encoder = {name: getattr(sae.config, name) for name in SAE_KEYS}
+        probe = cls(DiffusionProbeConfig(d_in=sae.config.d_in, head="sae", sae=encoder, **config))
+        probe.head.take_encoder(sae, timestep)
+        recorded = sae.provenance
+        if recorded is not None and timestep is not None:
+            recorded = recorded.select(recorded.layers[0], timestep)
+        probe.provenance = recorded
+        return probe
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The constructors' values stay; `_init_head` draws them again from the config's seed."""
+        """The constructors' values stay; the head draws them again from the config's seed."""
 
-    @torch.no_grad()
-    def _init_head(self) -> None:
-        """He-uniform weights and zero biases from `init_seed`; nothing on the meta device, where loading fills them."""
-        generator = torch.Generator().manual_seed(self.config.init_seed)
-        for module in self.head.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.is_meta:
-                bound = (6 / module.weight[0].numel()) ** 0.5
-                module.weight.copy_((torch.rand(module.weight.shape, generator=generator) * 2 - 1) * bound)
-                if module.bias is not None:
-                    module.bias.zero_()
-        if self.config.head == "linear" and not self.head.classifier.weight.is_meta:
-            self.head.classifier.weight.zero_()  # convex: start at the uniform prediction
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; transformers' own looks at parameters alone, and a knn probe has none."""
+        return next(tensor.dtype for tensor in self._tensors() if tensor.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._tensors()).device
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.parameters()
+        yield from self.buffers()
+
+    @property
+    def task(self) -> Task:
+        """What it predicts: labels, loss and metrics of its `problem_type`."""
+        return TASKS[self.config.problem_type]
 
     @property
     def extractor(self) -> "DiffusionFeatureExtractor":
@@ -67,59 +104,86 @@ class DiffusionProbe(ArtifactModel):
             self.__dict__["_extractor"] = extractor_of(self)
         return self.__dict__["_extractor"]
 
-    def _checked(self, features: Tensor) -> Tensor:
+    def _checked(self, features: Given) -> Features:
         """The features in the head's shape and floating-point type, if they are of its width and finite."""
-        config = self.config
-        if config.head == "diff-c" and features.ndim in (3, 4):
-            features = as_feature_map(features)
-        if features.ndim != (2 if config.head == "linear" else 4) or features.shape[1] != config.d_in:
-            expected = f"(N, {config.d_in})" if config.head == "linear" else f"(N, {config.d_in}, h, w)"
-            raise ValueError(
-                f"A {config.head} probe takes features of the shape {expected}, got {tuple(features.shape)}. "
-                f"Extract with pooling={'mean' if config.head == 'linear' else 'none'!r}."
-            )
-        if not torch.isfinite(features).all():
-            raise ValueError("features hold NaN or infinite values; extract them again or remove these rows.")
-        return features.to(self.dtype)
+        given = self.head.arranged(features if isinstance(features, Tensor) else by_name(features))
+        for value in (given,) if isinstance(given, Tensor) else given.values():
+            if not torch.isfinite(value).all():
+                raise ValueError("features hold NaN or infinite values; extract them again or remove these rows.")
+        dtype = self.dtype
+        return given.to(dtype) if isinstance(given, Tensor) else {name: v.to(dtype) for name, v in given.items()}
 
     def forward(
         self,
         pixel_values: Float[Tensor, "B 3 H W"] | None = None,
-        labels: Int[Tensor, " B"] | None = None,
-        features: Tensor | None = None,
+        labels: Tensor | None = None,
+        features: Given | None = None,
         return_dict: bool | None = None,
-    ) -> ImageClassifierOutput | tuple[Tensor, ...]:
-        """Logits, and the cross-entropy where labels are given.
+    ) -> DiffusionProbeOutput | tuple[Tensor, ...]:
+        """Logits, and the loss of the problem type where labels are given.
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1]; features are extracted from them.
-            labels: (B,) class numbers.
-            features: (B, d_in) for `linear`, (B, C, h, w) or (B, T, C) for `diff-c`, instead of pixel_values.
+            labels: (B,) class numbers; (B, num_labels) of 0 and 1 for several labels; numbers for regression.
+            features: instead of pixel_values, in the head's shape: (B, d_in) for linear, mlp, knn and prototype,
+                (B, C, h, w) or (B, T, C) for diff-c and attention, all of these for sae; for fusion a mapping of them
+                by `layer@timestep` or (layer, timestep).
             return_dict: a tuple instead, if False.
         """
         if (pixel_values is None) == (features is None):
             raise ValueError("Give either pixel_values or features, one of the two.")
         if features is None:
-            features = next(iter(self.extractor(pixel_values).values())).to(self.device)
-        logits = self.head(self._checked(features))
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+            features = self._extracted(pixel_values)
+        given, latent_acts = self._checked(features), None
+        if isinstance(self.head, SAEHead):
+            latent_acts = self.head.design(given)  # type: ignore[arg-type]
+            logits = self.head.classifier(latent_acts)
+        else:
+            logits = self.head(given)
+        loss = None if labels is None else self.task.loss(logits, labels)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
-        return ImageClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+        return DiffusionProbeOutput(loss=loss, logits=logits, latent_acts=latent_acts)  # type: ignore[arg-type]
 
-    def require_features(self, features: FeatureSet, *, allow_mismatch: bool = False) -> None:
+    def _extracted(self, pixel_values: Any) -> Given:
+        got = self.extractor(pixel_values)
+        if self.config.head == "fusion":
+            return to_device(by_name(got), self.device)
+        return next(iter(got.values())).to(self.device)
+
+    def contributions(self, features: Given) -> Float[Tensor, "N num_labels num_latents"]:
+        """Of an `sae` probe: what each latent adds to each class. Their sum is the logits without the bias.
+
+        Raises:
+            ValueError: for another head.
+        """
+        name = self.config.head
+        if name != SAEHead.name:
+            raise ValueError(f"Contributions of latents are those of an sae probe; this one's head is {name}.")
+        return self.head.contributions(self.head.design(self._checked(features)))  # type: ignore[arg-type]
+
+    def examples(self, features: FeatureSet | AlignedFeatures) -> Examples:
+        """The features example by example, as this head takes them."""
+        return Examples(features, whole_images=self.head.whole_images)
+
+    def require_features(self, features: FeatureSet | AlignedFeatures, *, allow_mismatch: bool = False) -> None:
         """Refuse features of another extraction or shape."""
         require_same_provenance(self.provenance, features.provenance, "This probe", allow_mismatch=allow_mismatch)
-        self._checked(features[:1])
+        self._checked(self.examples(features).batch(torch.tensor([0])))
 
     @torch.no_grad()
-    def predict(self, features: FeatureSet | Tensor, batch_size: int = 256) -> Float[Tensor, "N num_labels"]:
-        """Logits of all rows, in batches, without dropout."""
-        batches = features.batches(batch_size) if isinstance(features, FeatureSet) else features.split(batch_size)
+    def predict(
+        self, features: FeatureSet | AlignedFeatures | Given, batch_size: int = 256
+    ) -> Float[Tensor, "N num_labels"]:
+        """Logits of all examples, in batches, without dropout."""
+        if isinstance(features, FeatureSet | AlignedFeatures):
+            batches = self.examples(features).batches(size=batch_size)
+        else:
+            batches = split(features if isinstance(features, Tensor) else by_name(features), batch_size)
         training = self.training
         self.eval()
         try:
-            return torch.cat([self(features=batch.to(self.device)).logits.cpu() for batch in batches])
+            return torch.cat([self(features=to_device(batch, self.device)).logits.cpu() for batch in batches])
         finally:
             self.train(training)
 
@@ -139,16 +203,14 @@ class DiffusionProbe(ArtifactModel):
     def card_text(self, repo_id: str) -> dict[str, Any]:
         """What the model card says of this probe."""
         config = self.config
+        kinds = {"multi_label_classification": "labels", "regression": "outputs"}.get(config.problem_type, "classes")
         return {
-            "summary": f"A {config.head} probe on the activations{self.origin()}: {config.num_labels} classes "
+            "summary": f"A {config.head} probe on the activations{self.origin()}: {config.num_labels} {kinds} "
             f"({', '.join(list(config.id2label.values())[:10])}{', …' if config.num_labels > 10 else ''}).",
             "usage": "import diffusion_sae  # registers the pipeline\n"
             "from transformers import pipeline\n\n"
             f'pipeline("diffusion-probe", model="{repo_id}")("image.png")',
             "pipeline_tag": "image-classification",
             "tags": ["diffusion-probe"],
-            "configuration": [
-                (k, getattr(config, k))
-                for k in ("d_in", "head", *(("width", "dropout") if config.head == "diff-c" else ()))
-            ],
+            "configuration": [(name, getattr(config, name)) for name in ("d_in", "head", *self.head.options)],
         }

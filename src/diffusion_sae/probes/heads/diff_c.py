@@ -1,34 +1,29 @@
-"""The heads: from features to logits."""
+"""`diff-c`, Revelio's convolutional classifier on whole activations."""
 
-import torch
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
-class LinearHead(nn.Module):
-    """logits = W (x − μ)/σ + b on pooled features; μ and σ, of the training features, are kept with the weights."""
-
-    feature_mean: Tensor
-    feature_std: Tensor
-
-    def __init__(self, d_in: int, num_labels: int) -> None:
-        super().__init__()
-        self.register_buffer("feature_mean", torch.zeros(d_in))
-        self.register_buffer("feature_std", torch.ones(d_in))
-        self.classifier = nn.Linear(d_in, num_labels)
-
-    def forward(self, features: Float[Tensor, "B d_in"]) -> Float[Tensor, "B num_labels"]:
-        return self.classifier((features - self.feature_mean) / self.feature_std)
+from ..examples import Features
+from .base import Head
 
 
-class DiffCHead(nn.Module):
+class DiffCHead(Head):
     """Diff-C (Revelio, §3.3): BatchNorm without affine; conv 3×3 to `width`; 3 × conv 3×3 of stride 2; average; linear.
 
     Each convolution is followed by BatchNorm, ReLU and channel dropout; a dropout stands before the linear layer.
     """
 
-    def __init__(self, d_in: int, num_labels: int, width: int, dropout: float) -> None:
-        super().__init__()
+    name = "diff-c"
+    whole_images = True
+    shape = "(N, {d_in}, h, w)"
+    pooling = "none"
+    options = ("width", "dropout")
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        d_in, width, dropout = config.d_in, config.width, config.dropout
         layers: list[nn.Module] = [nn.BatchNorm2d(d_in, affine=False)]
         for index in range(4):
             layers += [
@@ -39,7 +34,14 @@ class DiffCHead(nn.Module):
             ]
         self.features = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(width, num_labels)
+        self.classifier = nn.Linear(width, config.num_labels)
+
+    def arranged(self, features: Features) -> Features:
+        if isinstance(features, Tensor) and features.ndim in (3, 4):
+            features = as_feature_map(features)
+        if not isinstance(features, Tensor) or features.ndim != 4 or features.shape[1] != self.config.d_in:
+            raise self.refusal(features)
+        return features
 
     def forward(self, features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B num_labels"]:
         return self.classifier(self.dropout(self.features(features).mean((2, 3))))
@@ -52,6 +54,6 @@ def as_feature_map(features: Tensor) -> Float[Tensor, "B C h w"]:
     side = round(features.shape[1] ** 0.5)
     if side * side != features.shape[1]:
         raise ValueError(
-            f"{features.shape[1]} tokens form no square grid; Diff-C needs whole activations, pooling='none'."
+            f"{features.shape[1]} tokens form no square grid; this head needs whole activations, pooling='none'."
         )
     return features.transpose(1, 2).unflatten(2, (side, side))  # (B, T, C) -> (B, C, T) -> (B, C, h, w)

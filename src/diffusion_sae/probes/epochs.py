@@ -1,0 +1,97 @@
+"""Training by AdamW, epoch by epoch: Revelio's recipe."""
+
+import math
+from contextlib import closing
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .._training import MetricsLogger, load_checkpoint, require_finite_loss, save_checkpoint
+from ..features.order import epoch_order, generator_of
+from .examples import to_device
+from .results import ProbeMetrics, ProbeTrainingResult
+from .run import Run
+
+
+def fit_adamw(run: Run) -> ProbeTrainingResult:
+    """The epoch that is best on validation; an epoch is the unit of resuming."""
+    args, probe = run.args, run.probe
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    best = {name: value.clone() for name, value in probe.state_dict().items()}
+    # epochs done; best score, loss, epoch
+    state = torch.tensor([0.0, -math.inf, math.inf, -1.0], dtype=torch.float64)
+    logger = MetricsLogger(args.report_to, run.output_dir, args.to_dict())
+    extra = load_checkpoint(run.output_dir, probe, optimizer, run=run.name, history=logger.history)
+    if extra is not None:
+        state = extra.pop("state")
+        best = {name.removeprefix("best."): value for name, value in extra.items()}
+    epochs = range(int(state[0]), args.num_train_epochs)
+    with closing(logger), tqdm(epochs, desc="probe", unit="epoch", disable=not run.progress) as bar:
+        for epoch in bar:
+            if _is_patience_over(run, state):
+                break
+            cosine = 0.5 * (1 + math.cos(math.pi * epoch / args.cosine_epochs))
+            optimizer.param_groups[0]["lr"] = args.learning_rate * cosine
+            loss = _epoch(run, epoch, optimizer)
+            metrics = run.validate()
+            for value in (loss, metrics.loss):
+                require_finite_loss(value, epoch, run.output_dir, "Lower learning_rate.")
+            logger.log(epoch, run.metrics_line(metrics, loss=loss))
+            state[0] = epoch + 1
+            if (metrics.score, -metrics.loss) > (state[1].item(), -state[2].item()):
+                state[1:] = torch.tensor([metrics.score, metrics.loss, epoch], dtype=torch.float64)
+                best = {name: value.clone() for name, value in probe.state_dict().items()}
+            extra = {"state": state, **{f"best.{name}": value for name, value in best.items()}}
+            save_checkpoint(run.output_dir, probe, optimizer, extra, run=run.name, history=logger.history)
+    probe.load_state_dict(best)
+    return ProbeTrainingResult(_best_metrics(run, int(state[3]), logger), {"epoch": state[3].item()}, logger.history)
+
+
+def _is_patience_over(run: Run, state: Tensor) -> bool:
+    """Whether so many epochs have passed since the best one; also asked when a run goes on that had stopped."""
+    patience = run.args.early_stopping_patience
+    done, best = int(state[0]), int(state[3])
+    return patience is not None and done - 1 - best >= patience
+
+
+def _best_metrics(run: Run, epoch: int, logger: MetricsLogger) -> ProbeMetrics:
+    """From the log: measured again the numbers could differ in their last bits."""
+    entry = logger.history[epoch]
+    values = {name: value for name, value in entry.items() if name not in ("step", "loss", "validation_loss")}
+    task = run.probe.task
+    metric = task.balanced_metric if run.balanced else task.metric
+    return ProbeMetrics(values, entry["validation_loss"], len(run.validation[1]), metric)
+
+
+def _epoch(run: Run, epoch: int, optimizer: torch.optim.Optimizer) -> float:
+    """One pass in the order of (seed, epoch); the dropout's random state is forked: no one else's changes."""
+    probe, args, total, seen = run.probe, run.args, 0.0, 0
+    order = _order(run, epoch)
+    devices = [probe.device] if probe.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(args.seed * 1_000_003 + epoch)
+        probe.train()
+        for numbers in order.split(args.batch_size):
+            if len(numbers) == 1 and len(order) > 1:
+                continue  # BatchNorm cannot learn from a single row
+            batch = to_device(run.examples.batch(numbers), probe.device)
+            with torch.autocast(probe.device.type, torch.bfloat16, enabled=args.bf16):
+                logits = probe(features=batch).logits
+            loss = run.losses(logits.float(), run.labels[numbers].to(probe.device)).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total, seen = total + loss.item() * len(numbers), seen + len(numbers)
+    return total / seen
+
+
+def _order(run: Run, epoch: int) -> Tensor:
+    """Numbers of the examples of an epoch: a permutation, or balanced, drawn with the same chance for each class."""
+    count, seed = len(run.rows), run.args.seed
+    if not run.args.balanced_sampling:
+        return run.rows[epoch_order(count, seed=seed, epoch=epoch)]
+    labels = run.labels[run.rows]
+    chance = 1 / torch.bincount(labels).double()[labels]
+    drawn = torch.multinomial(chance, count, replacement=True, generator=generator_of(seed=seed, epoch=epoch))
+    return run.rows[drawn]

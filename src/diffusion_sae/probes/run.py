@@ -1,0 +1,67 @@
+"""One training of a probe: what every way of fitting is given."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .examples import Examples, Features, to_device
+from .modeling import DiffusionProbe
+from .results import ProbeMetrics
+from .training_args import ProbeTrainingArguments
+
+
+@dataclass(frozen=True)
+class Run:
+    probe: DiffusionProbe
+    args: ProbeTrainingArguments
+    examples: Examples
+    rows: Tensor
+    """Numbers of the examples that are trained on."""
+    labels: Tensor
+    """Of all examples."""
+    validation: tuple[Features, Tensor]
+    class_weights: Tensor | None
+    output_dir: Path
+    progress: bool
+    name: str
+    """Fingerprint of settings and features, for the checkpoint."""
+
+    @property
+    def balanced(self) -> bool:
+        """Whether choices are made by a metric in which all classes count alike."""
+        return self.args.class_weights == "balanced" or self.args.balanced_sampling
+
+    def validate(self) -> ProbeMetrics:
+        features, labels = self.validation
+        return self.measure(self.probe.predict(features), labels)
+
+    def measure(self, logits: Tensor, labels: Tensor) -> ProbeMetrics:
+        task = self.probe.task
+        values = task.metrics(logits, labels, balanced=self.balanced)
+        metric = task.balanced_metric if self.balanced else task.metric
+        return ProbeMetrics(values, task.loss(logits.double(), labels).item(), len(labels), metric)
+
+    def batches(self) -> Iterator[Features]:
+        """The training examples in order, in the head's shape, on its device."""
+        for batch in self.examples.batches(self.rows):
+            yield to_device(self.probe.head.arranged(batch), self.probe.device)
+
+    def training_labels(self) -> Tensor:
+        return self.labels[self.rows].to(self.probe.device)
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss of each example, times the weight of its class."""
+        weights = None if self.class_weights is None else self.class_weights.to(logits)
+        return self.probe.task.losses(logits, labels, weights)
+
+    def metrics_line(self, metrics: ProbeMetrics, **more: float) -> dict[str, float]:
+        return {**more, **metrics.values, "validation_loss": metrics.loss}
+
+
+def class_weights_of(run_args: ProbeTrainingArguments, probe: DiffusionProbe, labels: Tensor) -> Tensor | None:
+    if run_args.class_weights == "none":
+        return None
+    return probe.task.class_weights(labels, probe.config.num_labels).to(torch.float32)

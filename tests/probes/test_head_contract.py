@@ -1,0 +1,274 @@
+"""What every head keeps: one contract from features to the pipeline, over all heads and problem types."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import pipeline
+
+from diffusion_sae import (
+    DiffusionFeatureExtractor,
+    DiffusionProbe,
+    DiffusionProbeConfig,
+    FeatureStore,
+    KSparseAutoencoder,
+    KSparseAutoencoderConfig,
+    ProbeTrainer,
+    ProbeTrainingArguments,
+)
+from diffusion_sae._training import MetricsLogger
+from diffusion_sae.features import AlignedFeatures, FeatureSet
+from diffusion_sae.probes.configuration import FUSIONS, HEADS
+from diffusion_sae.probes.heads import HEADS as HEAD_CLASSES
+from diffusion_sae.probes.heads.fusion import FUSIONS as FUSION_CLASSES
+from diffusion_sae.probes.tasks import TASKS
+from diffusion_sae.probes.trainer import FITS
+from diffusion_sae.probes.training_args import OPTIMIZERS
+
+LAYER, TIMESTEPS = "up_ft1", (25, 100)
+CASES: dict[str, dict[str, Any]] = {
+    "linear": {"pooling": "mean"},
+    "mlp": {"pooling": "mean", "depth": 2},
+    "diff-c": {"pooling": "none"},
+    "attention": {"pooling": "tokens"},
+    "attention-maps": {"pooling": "none"},
+    "fusion-mixing": {"pooling": "none", "fusion": "mixing"},
+    "fusion-mixing-pooled": {"pooling": "mean", "fusion": "mixing"},
+    "fusion-attention": {"pooling": "none", "fusion": "attention", "pool_size": 2},
+    "fusion-attention-tokens": {"pooling": "tokens", "fusion": "attention", "pool_size": 2},
+    "knn": {"pooling": "mean"},
+    "prototype": {"pooling": "mean"},
+    "sae": {"pooling": "mean"},
+    "sae-tokens": {"pooling": "tokens"},
+}
+NAMES = ("bag", "dress", "shoe")
+Given = FeatureSet | AlignedFeatures
+
+
+def head_of(case: str) -> str:
+    return case if case in HEADS else case.split("-")[0]
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def extractors() -> dict[str, DiffusionFeatureExtractor]:
+    """The embedded model at two layers and two timesteps, by pooling."""
+    found = {}
+    for pooling in ("mean", "none", "tokens"):
+        settings: dict[str, Any] = {"layers": ["bottleneck", LAYER], "timesteps": TIMESTEPS, "pooling": pooling}
+        found[pooling] = DiffusionFeatureExtractor.from_pretrained("tiny-sd", seed=3, image_size=32, **settings)
+    return found
+
+
+@pytest.fixture(scope="module")
+def stores(
+    extractors: dict[str, DiffusionFeatureExtractor], image_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, FeatureStore]:
+    folder = tmp_path_factory.mktemp("stores")
+    return {
+        pooling: extractor.extract(image_folder, folder / pooling, progress=False)
+        for pooling, extractor in extractors.items()
+    }
+
+
+def features_of(case: str, stores: dict[str, FeatureStore]) -> Given:
+    store = stores[CASES[case]["pooling"]]
+    return store.aligned() if head_of(case) == "fusion" else store.select(LAYER, 25)
+
+
+def make_probe(case: str, features: Given, **config: Any) -> DiffusionProbe:
+    given = {key: value for key, value in CASES[case].items() if key != "pooling"}
+    settings = {"width": 8, "num_attention_heads": 2, "id2label": dict(enumerate(NAMES)), **given, **config}
+    if head_of(case) == "sae":
+        sae = KSparseAutoencoder(KSparseAutoencoderConfig(d_in=features.d_in, num_latents=150, k=6))
+        sae.provenance = features.provenance
+        return DiffusionProbe.from_sae(sae, **settings)
+    if isinstance(features, AlignedFeatures):
+        settings["inputs"] = features.inputs
+    return DiffusionProbe(DiffusionProbeConfig(d_in=features.d_in, head=head_of(case), **settings))
+
+
+def train(probe: DiffusionProbe, features: Given, folder: Path, validation: Given | None = None) -> Any:
+    args = ProbeTrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=4,
+        learning_rate=1e-2,
+        batch_size=4,
+        l1_path=(0.5, 0.1),
+        l2_path=(0.1, 0.01),
+        neighbors_path=(1, 3),
+        validation_fraction=0.25,
+    )
+    return ProbeTrainer(probe, features, args, validation_features=validation).train(progress=False)
+
+
+def first(features: Given, count: int) -> Tensor | dict[tuple[str, int], Tensor]:
+    """The first images, as the extractor gives them."""
+    if isinstance(features, AlignedFeatures):
+        return {key: first(one, count) for key, one in features.items()}  # type: ignore[misc]
+    at_once = features.positions_per_image
+    rows = features[: count * at_once]
+    return rows if at_once == 1 else rows.unflatten(0, (count, at_once))
+
+
+def labels_of(problem_type: str | None, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    if problem_type == "multi_label_classification":
+        return torch.randint(0, 2, (count, 3), generator=generator)
+    if problem_type == "regression":
+        return torch.randn(count, 3, generator=generator)
+    return torch.arange(count) % 3
+
+
+def test_the_contract_holds_for_all_there_is() -> None:
+    assert set(HEADS) == set(HEAD_CLASSES) == {head_of(case) for case in CASES}
+    assert set(FUSIONS) == set(FUSION_CLASSES) == {given["fusion"] for given in CASES.values() if "fusion" in given}
+    optimizers = {name for head in HEAD_CLASSES.values() for name in head.optimizers}
+    assert optimizers | {"none"} == set(FITS)
+    assert optimizers | {"auto"} == set(OPTIMIZERS)
+    fields = set(DiffusionProbeConfig.__annotations__)
+    kinds = (*HEAD_CLASSES.values(), *FUSION_CLASSES.values())
+    read = {name for kind in kinds for name in kind.options}
+    assert fields - read == {"d_in", "head", "init_seed", "latent_names"}
+
+
+@pytest.fixture(scope="module")
+def trained(
+    stores: dict[str, FeatureStore], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Given, DiffusionProbe, Path, Any]]:
+    """Features, probe, its folder and the training's result, by case; trained once."""
+
+    @cache
+    def get(case: str) -> tuple[Given, DiffusionProbe, Path, Any]:
+        features, folder = features_of(case, stores), tmp_path_factory.mktemp(case)
+        probe = make_probe(case, features)
+        return features, probe, folder, train(probe, features, folder)
+
+    return get
+
+
+class TestContract:
+    def test_one_row_of_logits_an_image(self, case: str, trained: Any) -> None:
+        features, probe, _, _ = trained(case)
+        logits = probe.predict(features)
+        assert logits.shape == (12, 3)
+        assert torch.isfinite(logits).all()
+        with torch.no_grad():
+            output = probe(features=first(features, 5), labels=torch.arange(5) % 3)
+        torch.testing.assert_close(output.logits, logits[:5])
+        assert output.loss.shape == ()
+        assert logits[:, 0].unique().numel() > 1, "other images, other logits"
+
+    def test_saved_and_loaded_it_gives_equal_logits(self, case: str, trained: Any) -> None:
+        features, probe, folder, _ = trained(case)
+        loaded = DiffusionProbe.from_pretrained(folder)
+        assert torch.equal(loaded.predict(features), probe.predict(features))
+        assert loaded.provenance == features.provenance
+        assert loaded.metrics == probe.metrics
+        saved = json.loads(probe.config.to_json_string())
+        assert json.loads(loaded.config.to_json_string()) == saved
+
+    def test_an_interrupted_training_ends_bit_for_bit_the_same(
+        self, case: str, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        features, _, undisturbed, expected = trained(case)
+        log = MetricsLogger.log
+        stop_at = min(1, len(expected.history) - 1)
+
+        def interrupted(self: MetricsLogger, step: int, values: Any) -> None:
+            if step == stop_at:
+                raise KeyboardInterrupt
+            log(self, step, values)
+
+        monkeypatch.setattr(MetricsLogger, "log", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(make_probe(case, features), features, tmp_path / "resumed")
+        monkeypatch.setattr(MetricsLogger, "log", log)
+        assert train(make_probe(case, features), features, tmp_path / "resumed") == expected
+        files = [folder / "model.safetensors" for folder in (undisturbed, tmp_path / "resumed")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+    def test_the_pipeline_equals_extractor_and_head(
+        self, case: str, trained: Any, extractors: Any, images: list[Image.Image]
+    ) -> None:
+        _, probe, folder, _ = trained(case)
+        extractor = extractors[CASES[case]["pooling"]]
+        extracted = (extractor if head_of(case) == "fusion" else extractor.only(LAYER, 25))(images[:2])
+        given = dict(extracted) if head_of(case) == "fusion" else next(iter(extracted.values()))
+        with torch.no_grad():
+            expected = probe(features=given).logits.softmax(1)
+        classify = pipeline("diffusion-probe", model=str(folder))
+        for batch_size in (1, 2):
+            for scores, answer in zip(expected, classify(images[:2], batch_size=batch_size), strict=True):
+                by_label = {entry["label"]: entry["score"] for entry in answer}
+                got = torch.tensor([by_label[name] for name in NAMES])
+                torch.testing.assert_close(got, scores, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("problem_type", [name for name in TASKS if name])
+    def test_problem_types(self, case: str, problem_type: str, stores: dict[str, FeatureStore], tmp_path: Path) -> None:
+        features = features_of(case, stores).with_labels(labels_of(problem_type, 12))
+        if problem_type not in HEAD_CLASSES[head_of(case)].problem_types:
+            with pytest.raises(ValueError, match=f"The head prototype is for single_label.*got '{problem_type}'"):
+                make_probe(case, features, problem_type=problem_type)
+            return
+        probe = make_probe(case, features, problem_type=problem_type)
+        result = train(probe, features, tmp_path, validation=features)
+        names = {
+            "single_label_classification": {"accuracy"},
+            "multi_label_classification": {"mean_average_precision", "macro_f1"},
+            "regression": {"r2", "mse"},
+        }
+        assert set(result.validation.values) == names[problem_type]
+        assert set(probe.metrics["validation"]) == names[problem_type] | {"rows"}
+        loaded = DiffusionProbe.from_pretrained(tmp_path)
+        assert loaded.config.problem_type == problem_type
+        assert torch.equal(loaded.predict(features), probe.predict(features))
+
+    def test_initialisation_depends_on_init_seed_alone(self, case: str, stores: dict[str, FeatureStore]) -> None:
+        features, states = features_of(case, stores), []
+        with torch.random.fork_rng(devices=[]):
+            for seed in (1, 2):
+                torch.manual_seed(seed)
+                states.append(make_probe(case, features).state_dict())
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+    def test_features_of_another_shape_are_refused(self, case: str, stores: dict[str, FeatureStore]) -> None:
+        features = features_of(case, stores)
+        probe = make_probe(case, features)
+        wrong: list[Any] = [
+            torch.zeros(2, 3),
+            torch.zeros(4),
+            torch.zeros(2, 3, 4, 4),
+            {"up_ft1@25": torch.zeros(2, 3)},
+        ]
+        for given in wrong:
+            with pytest.raises(ValueError, match=rf"An? {head_of(case)} probe takes"):
+                probe(features=given)
+
+    def test_on_the_meta_device(self, case: str, stores: dict[str, FeatureStore]) -> None:
+        probe = make_probe(case, features_of(case, stores))
+        with torch.device("meta"):
+            empty = DiffusionProbe(probe.config)
+        shapes = {name: (value.shape, value.dtype) for name, value in probe.state_dict().items()}
+        assert {name: (value.shape, value.dtype) for name, value in empty.state_dict().items()} == shapes
+
+    def test_features_of_another_extraction_are_refused(
+        self, case: str, stores: dict[str, FeatureStore], tmp_path: Path
+    ) -> None:
+        features = features_of(case, stores)
+        probe = make_probe(case, features)
+        probe.provenance = dataclasses.replace(features.provenance, prompt="a photo")
+        with pytest.raises(ValueError, match="differ in prompt"):
+            train(probe, features, tmp_path)
