@@ -11,8 +11,10 @@ from tqdm.auto import tqdm
 
 from .._training import MetricsLogger, require_finite_loss
 from .convex import Design, minimise_l1, minimise_l2, smallest_l1
+from .logistic import logistic_path
 from .results import ProbeTrainingResult
 from .run import Run
+from .tasks import SingleLabel
 
 
 def choose(run: Run, name: str, candidates: Iterable[float], fit: Callable[[Any], float | None]) -> ProbeTrainingResult:
@@ -39,8 +41,21 @@ def choose(run: Run, name: str, candidates: Iterable[float], fit: Callable[[Any]
 
 def fit_lbfgs(run: Run) -> ProbeTrainingResult:
     """One convex problem an L2 strength, warm-started from strong to weak."""
-    design, labels = Design.of(run), run.training_labels()
-    classifier = run.probe.head.classifier
+    head, labels = run.probe.head, run.training_labels()
+    classifier, strengths = head.classifier, sorted(run.args.l2_path, reverse=True)
+    if head.name == "linear" and isinstance(run.probe.task, SingleLabel) and run.class_weights is None:
+        rows = torch.cat(list(run.batches()))  # type: ignore[arg-type]
+        path = logistic_path(rows, labels, run.probe.config.num_labels, strengths)
+
+        @torch.no_grad()
+        def next_solution(_: float) -> float:
+            solution = next(path)
+            classifier.weight.copy_(solution.weight[0])
+            classifier.bias.copy_(solution.bias[0])
+            return solution.loss.item()
+
+        return choose(run, "l2", strengths, next_solution)
+    design = Design.of(run)
 
     def fit(l2: float) -> float:
         start = design.scaled(classifier)
@@ -48,7 +63,7 @@ def fit_lbfgs(run: Run) -> ProbeTrainingResult:
         design.write(classifier, weight, bias)
         return loss
 
-    return choose(run, "l2", sorted(run.args.l2_path, reverse=True), fit)
+    return choose(run, "l2", strengths, fit)
 
 
 def fit_fista(run: Run) -> ProbeTrainingResult:

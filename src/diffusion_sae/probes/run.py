@@ -10,6 +10,7 @@ from torch import Tensor
 from .examples import Examples, Features, to_device
 from .modeling import DiffusionProbe
 from .results import ProbeMetrics
+from .tasks import Task
 from .training_args import ProbeTrainingArguments
 
 
@@ -39,10 +40,7 @@ class Run:
         return self.measure(self.probe.predict(features), labels)
 
     def measure(self, logits: Tensor, labels: Tensor) -> ProbeMetrics:
-        task = self.probe.task
-        values = task.metrics(logits, labels, balanced=self.balanced)
-        metric = task.balanced_metric if self.balanced else task.metric
-        return ProbeMetrics(values, task.loss(logits.double(), labels).item(), len(labels), metric)
+        return measure(self.probe.task, logits, labels, balanced=self.balanced)
 
     def batches(self) -> Iterator[Features]:
         """The training examples in order, in the head's shape, on its device."""
@@ -59,6 +57,13 @@ class Run:
 
     def metrics_line(self, metrics: ProbeMetrics, **more: float) -> dict[str, float]:
         return {**more, **metrics.values, "validation_loss": metrics.loss}
+
+
+def measure(task: Task, logits: Tensor, labels: Tensor, *, balanced: bool = False) -> ProbeMetrics:
+    """A task's metrics of logits; `balanced`: choices are made by the one in which all classes count alike."""
+    values = task.metrics(logits, labels, balanced=balanced)
+    metric = task.balanced_metric if balanced else task.metric
+    return ProbeMetrics(values, task.loss(logits.double(), labels).item(), len(labels), metric)
 
 
 def class_weights_of(run_args: ProbeTrainingArguments, probe: DiffusionProbe, labels: Tensor) -> Tensor | None:
