@@ -18,6 +18,7 @@ from .features import FeatureSet
 from .features.order import held_out_images
 
 CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT_INDEX = "checkpoint.index.json"  # of one in several files
 REPORT_TO = ("none", "trackio", "tensorboard", "wandb")
 logger = logging.getLogger(__name__)
 
@@ -45,19 +46,26 @@ def save_checkpoint(
     *,
     run: str,
     history: list[dict[str, float]],
+    name: str = CHECKPOINT,
 ) -> None:
     """Weights, optimiser moments and what else the next step depends on, in one file that is replaced whole."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-    tensors |= {f"extra.{name}": value for name, value in extra.items()}
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    tensors |= {f"extra.{key}": value for key, value in extra.items()}
     metadata = {"run": run, "history": json.dumps(history)}
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(folder / CHECKPOINT, lambda path: save_file(contiguous, path, metadata=metadata))
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_atomically(folder / name, lambda path: save_file(contiguous, path, metadata=metadata))
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, run: str, history: list[dict[str, float]]
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    run: str,
+    history: list[dict[str, float]],
+    name: str = CHECKPOINT,
 ) -> dict[str, Tensor] | None:
     """Restore what `save_checkpoint` wrote, append to `history` and return the extras; None without a checkpoint.
 
@@ -65,7 +73,7 @@ def load_checkpoint(
         ValueError: if the checkpoint belongs to a run with other settings or other features.
     """
     remove_leftovers(folder, "*.safetensors", "*.json")
-    path = folder / CHECKPOINT
+    path = folder / name
     if not path.exists():
         return None
     with safe_open(path, "pt") as file:
@@ -75,15 +83,15 @@ def load_checkpoint(
                 "checkpoint to train anew there."
             )
         history += json.loads(file.metadata()["history"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    model.load_state_dict({name[6:]: v for name, v in tensors.items() if name.startswith("model.")})
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    model.load_state_dict({key[6:]: v for key, v in tensors.items() if key.startswith("model.")})
     moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            moments.setdefault(int(index), {})[key] = value
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, moment = key.split(".", 2)
+            moments.setdefault(int(index), {})[moment] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return {name[6:]: value for name, value in tensors.items() if name.startswith("extra.")}
+    return {key[6:]: value for key, value in tensors.items() if key.startswith("extra.")}
 
 
 def require_finite_loss(loss: float, step: int, output_dir: Path, advice: str, model: nn.Module | None = None) -> None:
@@ -92,8 +100,8 @@ def require_finite_loss(loss: float, step: int, output_dir: Path, advice: str, m
     if math.isfinite(loss) and weights_finite:
         return
     became = f"The loss became {loss}" if weights_finite else "The weights became NaN or infinite"
-    checkpoint = output_dir / CHECKPOINT
-    kept = f"The last good checkpoint is kept: {checkpoint}." if checkpoint.exists() else "There is no checkpoint yet."
+    checkpoints = [output_dir / name for name in (CHECKPOINT, CHECKPOINT_INDEX) if (output_dir / name).exists()]
+    kept = f"The last good checkpoint is kept: {checkpoints[0]}." if checkpoints else "There is no checkpoint yet."
     raise TrainingDivergedError(f"{became} at step {step}. {advice} {kept}")
 
 

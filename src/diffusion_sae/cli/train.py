@@ -11,19 +11,26 @@ from .selection import add_selection, select
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", help="feature store, made by `diffusion-sae extract`")
     add_selection(parser)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu, cuda or mps (default: cpu); with --shard-latents each process takes its own",
+    )
     add_options(parser, "k-SAE", *SAE, leave_out=("d_in",))
     add_options(parser, "training", *SAE_TRAINING)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
     from .. import FeatureStore, KSparseAutoencoder, KSparseAutoencoderConfig, SAETrainer, SAETrainingArguments
 
     features = select(FeatureStore(args.store), args, getattr(args, "timesteps", None))
     training = SAETrainingArguments.from_dict(given(args, *SAE_TRAINING))
     config = KSparseAutoencoderConfig(d_in=features.d_in, **given(args, *SAE, leave_out=("d_in",)))
-    sae = KSparseAutoencoder(config).to(args.device)
-    result = SAETrainer(sae, features, training).train()
+    with torch.device("meta" if training.shard_latents else "cpu"):
+        sae = KSparseAutoencoder(config)
+    result = SAETrainer(sae if training.shard_latents else sae.to(args.device), features, training).train()
     return {
         "sae": training.output_dir,
         "num_latents": config.num_latents,

@@ -162,7 +162,7 @@ class KSparseAutoencoder(ArtifactModel):
     @contextmanager
     def sparse_gradients(self) -> Iterator[SparseGradients]:
         """Within it, `backward` forms the gradients of W_enc and W_dec not at all, but notes what they are sums of."""
-        self._collect = SparseGradients(self.config.num_latents)
+        self._collect = SparseGradients(len(self.W_dec))
         try:
             yield self._collect
         finally:
@@ -235,9 +235,17 @@ class KSparseAutoencoder(ArtifactModel):
         weights = (self.W_enc.T, self.b_enc)
         return SparseCode(*batch_top_k(rows.normalised, rows.bias, *weights, k or self.config.k, self._collect))
 
+    @property
+    def held(self) -> slice:
+        """The latents whose weights are in this process: all, but with latents that are shared out over processes."""
+        return slice(None)
+
+    def _nested_sizes(self) -> list[int]:
+        return self.config.matryoshka_sizes or [self.config.num_latents]
+
     def _nested(self, rows: Rows, code: SparseCode, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction by all latents, the loss (with nested dictionaries the mean of theirs), and Σ‖x̂ − x‖²."""
-        sizes = self.config.matryoshka_sizes or [self.config.num_latents]
+        sizes = self._nested_sizes()
         decoded = reconstruction = error = target
         losses, low = [], 0
         for high in sizes:
@@ -245,8 +253,8 @@ class KSparseAutoencoder(ArtifactModel):
             if len(sizes) > 1:
                 inside = (code.top_indices >= low) & (code.top_indices < high)
                 own = SparseCode(code.top_acts * inside, code.top_indices)
-            part = self._decoded(own, rows.bias if low == 0 else None)
-            decoded = part if low == 0 else decoded + part
+            part = self._decoded(own, None if losses else rows.bias)
+            decoded = decoded + part if losses else part
             reconstruction = rows.back(decoded)
             loss, error = NormalizedMSE.apply(reconstruction, target)  # type: ignore[misc]
             losses.append(loss)

@@ -1,14 +1,18 @@
-"""One SAE trained by several processes: each computes a share of every batch, all make the same update.
+"""One SAE trained by several processes.
 
-What is exchanged is what the gradients of W_enc and W_dec are sums of, codes and rows: O(batch · (k + d_in)) numbers,
-where the gradients themselves are O(num_latents · d_in).
+`SAEProcesses`: each computes a share of every batch, all make the same update. What is exchanged is what the gradients
+of W_enc and W_dec are sums of, codes and rows: O(batch · (k + d_in)) numbers, where the gradients themselves are
+O(num_latents · d_in).
+
+`ShardProcesses`: each holds a share of the latents and sees every batch whole (`sharding`).
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from .._processes import Processes
 from .sparse import SparseGradients
@@ -19,8 +23,13 @@ class SAEProcesses(Processes):
 
     @property
     def place(self) -> tuple[int, int]:
-        """(rank, number of processes)."""
+        """(rank, number of processes), by which a batch is shared out."""
         return self.rank, self.count
+
+    @property
+    def batch_shares(self) -> int:
+        """How many shares a batch has."""
+        return self.place[1]
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -39,6 +48,15 @@ class SAEProcesses(Processes):
             with torch.no_grad():
                 value.copy_(shared)
         return value
+
+    def broadcast_state(self, sae: nn.Module) -> None:
+        """The main process's numbers for all that the processes hold alike."""
+        for value in sae.state_dict().values():
+            self.broadcast(value)
+
+    def total(self, of_latents: list[Tensor], shared: list[Tensor]) -> Tensor:
+        """Sum, in fp64, of numbers of the latents that this process holds and of what all processes have."""
+        return torch.stack(of_latents + shared).double().sum()
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over the processes; without gradient."""
@@ -73,3 +91,90 @@ class SAEProcesses(Processes):
                 every = gathered[indices.data_ptr()]
                 all_of_them.append((every, self.gather(weights) / self.count, self.gather(dense)))
         return shared
+
+
+PER_LATENT = ("W_enc", "b_enc", "W_dec")
+"""Parameters of which a process holds the part of its latents; the others are everywhere."""
+
+
+class ShardProcesses(SAEProcesses):
+    """Processes that hold a share of the latents each. All see the whole batch, so that there is nothing to average."""
+
+    def __init__(self) -> None:
+        """On the accelerator of this process where CUDA is there and `accelerate launch --cpu` does not say no."""
+        cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        super().__init__(cpu=cpu)
+        self.device = torch.device("cpu")
+        if not cpu:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return 0, 1
+
+    def broadcast_state(self, sae: nn.Module) -> None:
+        for name, value in sae.state_dict().items():
+            if name not in PER_LATENT:
+                self.broadcast(value)
+
+    def total(self, of_latents: list[Tensor], shared: list[Tensor]) -> Tensor:
+        return self.summed(torch.stack(of_latents).double().sum()) + sum(value.double() for value in shared)
+
+    def mean(self, value: Tensor) -> Tensor:
+        return value
+
+    def gather(self, value: Tensor, padding: float = 0) -> Tensor:  # noqa: ARG002
+        return value
+
+    def share(self, gradients: SparseGradients) -> SparseGradients:
+        return gradients
+
+    def bounds(self, num_latents: int, rank: int | None = None) -> tuple[int, int]:
+        """First latent of a process, by default this one, and the one behind its last: shares differ by one at most."""
+        rank = self.rank if rank is None else rank
+        return rank * num_latents // self.count, (rank + 1) * num_latents // self.count
+
+    def largest(self, num_latents: int) -> int:
+        """Latents of the largest share."""
+        return -(-num_latents // self.count)
+
+    def summed(self, value: Tensor) -> Tensor:
+        """Sum over the processes; without gradient."""
+        total = value.detach().clone(memory_format=torch.contiguous_format)
+        if self.count > 1:
+            distributed.all_reduce(total)
+        return total
+
+    def all_of(self, value: Tensor, width: int | None = None, padding: float = 0) -> Tensor:
+        """(processes, rows, width): what each has of every row, filled up to the width, by default the largest."""
+        value = value.detach()
+        if width is None:
+            most = torch.tensor(value.shape[1], device=value.device)
+            if self.count > 1:
+                distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+            width = int(most)
+        value = torch.nn.functional.pad(value, (0, width - value.shape[1]), value=padding).contiguous()
+        if self.count == 1:
+            return value[None]
+        parts = [torch.empty_like(value) for _ in range(self.count)]
+        distributed.all_gather(parts, value)
+        return torch.stack(parts)
+
+    def collect(self, value: Tensor, num_latents: int) -> Tensor | None:
+        """The rows (latents of this process, …) of all processes on the main one's CPU; None in the others.
+
+        They come one process after the other: beside its own the main process's device holds one share at a time.
+        """
+        value = value.detach().contiguous()
+        if not self.is_main:
+            distributed.send(value, 0)
+            return None
+        whole = torch.empty(num_latents, *value.shape[1:], dtype=value.dtype)
+        for rank in range(self.count):
+            low, high = self.bounds(num_latents, rank)
+            part = value
+            if rank:
+                part = value.new_empty(high - low, *value.shape[1:])
+                distributed.recv(part, rank)
+            whole[low:high] = part
+        return whole

@@ -1,5 +1,6 @@
 """One training step: forward, backward, update. For Adam the weights' gradients are never whole in memory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,8 @@ class TrainingStep:
     ) -> StepReport:
         """One update by a batch (N, d_in), taken in `micro_batch_size` rows at a time.
 
-        Of several processes each gives its share of the batch, and gets the report of the whole batch.
+        Of several processes each gives its share of the batch (all of it where the latents are shared out instead), and
+        gets the report of the whole batch.
         """
         processes = self.processes
         self.sae.train()
@@ -78,11 +80,11 @@ class TrainingStep:
             processes.gather(report.top_acts),
             processes.gather(report.top_indices),
         )
-        self.rows_since_active += len(batch) * processes.count
+        self.rows_since_active += len(batch) * processes.batch_shares
         self.rows_since_active[report.top_indices[report.top_acts != 0]] = 0
         if self.args.dead_latent_boost:
             with torch.no_grad():
-                self.sae.b_enc.add_(self.dead, alpha=self.args.dead_latent_boost * learning_rate)
+                self.sae.b_enc.add_(self.dead[self.sae.held], alpha=self.args.dead_latent_boost * learning_rate)
         if self.sae.config.activation == "batchtopk":
             self.sae.update_threshold_(report.top_acts)
         return report
@@ -130,8 +132,7 @@ class TrainingStep:
         small = [p for p in (sae.b_enc, sae.b_dec) if p.grad is not None]
         scale = self._clip_factor(sums, small)
         W_enc, W_dec = (self._rows_and_state(p) for p in (sae.W_enc, sae.W_dec))
-        for low in range(0, sae.config.num_latents, LATENT_BLOCK):
-            block = slice(low, min(low + LATENT_BLOCK, sae.config.num_latents))
+        for block in self._blocks():
             g_enc, g_dec = sums.block(block, sae.W_dec)
             if scale != 1.0:
                 g_enc.mul_(scale)
@@ -191,18 +192,31 @@ class TrainingStep:
         """1, or what brings the norm of all gradients down to `max_grad_norm`; the sums are formed once more for it."""
         if self.args.max_grad_norm is None:
             return 1.0
-        squares = [p.grad.pow(2).sum() for p in small if p.grad is not None]
-        for low in range(0, self.sae.config.num_latents, LATENT_BLOCK):
-            block = slice(low, min(low + LATENT_BLOCK, self.sae.config.num_latents))
-            squares += [gradient.pow(2).sum() for gradient in sums.block(block, self.sae.W_dec)]
-        norm = torch.stack(squares).double().sum().sqrt().item()  # one wait for the device
+        blocks = (sums.block(block, self.sae.W_dec) for block in self._blocks())
+        squares = [gradient.pow(2).sum() for of_block in blocks for gradient in of_block]
+        norm = self._norm(small, squares).item()  # one wait for the device
         return min(1.0, self.args.max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+
+    def _norm(self, parameters: list[nn.Parameter], squares: Sequence[Tensor] = ()) -> Tensor:
+        """Norm of the gradients of `parameters` and of those whose `squares` are given, in fp64."""
+        of_latents, shared = list(squares), []
+        for parameter in parameters:
+            if parameter.grad is not None:
+                (shared if parameter is self.sae.b_dec else of_latents).append(
+                    torch.linalg.vector_norm(parameter.grad).square()
+                )
+        return self.processes.total(of_latents, shared).sqrt()
+
+    def _blocks(self) -> list[slice]:
+        latents = len(self.sae.W_dec)
+        return [slice(low, min(low + LATENT_BLOCK, latents)) for low in range(0, latents, LATENT_BLOCK)]
 
     def _update_by_optimizer(self, learning_rate: float) -> None:
         sae = self.sae
         sae.remove_parallel_gradient_()
         if self.args.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), self.args.max_grad_norm)
+            norm = self._norm(list(sae.parameters())).float()
+            torch.nn.utils.clip_grads_with_norm_(sae.parameters(), self.args.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()

@@ -13,26 +13,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._files import fingerprint_of, require_writable_folder, write_atomically, write_json
-from .._training import (
-    MetricsLogger,
-    TrainingDivergedError,
-    load_checkpoint,
-    require_finite_loss,
-    save_checkpoint,
-)
+from .._training import MetricsLogger, TrainingDivergedError, require_finite_loss
 from ..features import FeatureSet, FeatureSource
+from .checkpoints import Checkpoints
 from .data import prepare_data
 from .evaluation import SAEMetrics, evaluate_sae
 from .modeling import KSparseAutoencoder
 from .preparation import fold_input_scale_, input_scale, set_biases_
-from .processes import SAEProcesses
 from .resampling import resample_
 from .results import SAECallback, SAETrainingResult
 from .schedule import learning_rate_factor
+from .sharding import gathered, placed
 from .step import StepReport, TrainingStep
 from .training_args import SAETrainingArguments
 
-BEST = "best.safetensors"
 _ADVICE = "Lower learning_rate, or check the features' scale."
 _RECORDS_ONLY = ("output_dir", "logging_steps", "report_to")  # change no number
 
@@ -56,7 +50,8 @@ class SAETrainer:
     ) -> None:
         """
         Args:
-            sae: the model to train, changed in place.
+            sae: the model to train, changed in place; with `shard_latents` one on the meta device, which stays so:
+                each process trains its share (`self.sae`), and the whole is in `output_dir` at the end.
             features: rows (N, d_in) to train on, or a source of batches: `ShuffledBatches`, `extractor.stream(…)`.
             args: how.
             eval_features: rows to evaluate on; None: `args.eval_fraction` of the images of `features`, held out, or
@@ -66,18 +61,18 @@ class SAETrainer:
 
         Raises:
             ValueError: for features of another width, with NaN or infinity, or of another extraction; for too few
-                images to hold some out, or evaluation rows that are all equal.
+                images to hold some out, or evaluation rows that are all equal; for an SAE that `shard_latents` cannot
+                share out.
         """
-        self.sae, self.callbacks = sae, list(callbacks)
+        self.callbacks = list(callbacks)
         self.args = args = dataclasses.replace(  # with numbers in place of None, for the record
             args,
             learning_rate=args.peak_learning_rate(sae.config.d_in),
             dead_after_rows=args.rows_until_dead(sae.config.num_latents, sae.config.k),
         )
-        self.processes = SAEProcesses(cpu=sae.device.type == "cpu")
-        data = prepare_data(
-            sae, features, args, eval_features, allow_mismatch=allow_mismatch, processes=self.processes.count
-        )
+        self.sae, self.processes = placed(sae, args)
+        shares = self.processes.batch_shares
+        data = prepare_data(self.sae, features, args, eval_features, allow_mismatch=allow_mismatch, processes=shares)
         self.source, self.eval_features, self.held_out = data.source, data.eval_features, data.held_out
         epochs = args.num_train_epochs * self.source.steps_per_epoch
         self.max_steps = args.max_steps or max(1, round(epochs))
@@ -113,18 +108,15 @@ class SAETrainer:
         self.schedule = learning_rate_factor(args, self.stepper.optimizer, self.max_steps)
         self.run_name = self._run_name()
         self.average: dict[str, Tensor] = {}
-        with self.processes.main_first():
-            extra = load_checkpoint(
-                self.output_dir, sae, self.stepper.optimizer, run=self.run_name, history=self.logger.history
-            )
+        self.checkpoints = Checkpoints.of(self.output_dir, self.run_name, self.processes)
+        extra = self.checkpoints.load(sae, self.stepper.optimizer, self.logger.history)
         if extra is None:
-            if self.processes.is_main:
-                (self.output_dir / BEST).unlink(missing_ok=True)  # of a run whose checkpoint was deleted
+            if self.checkpoints.writes:
+                self.checkpoints.best.unlink(missing_ok=True)  # of a run whose checkpoint was deleted
             self.scale = self.processes.broadcast(input_scale(self.source, args.normalize_input))
             set_biases_(sae, self.source, args.b_dec_init, self.scale)
             sae.normalize_decoder_()
-            for value in sae.state_dict().values():
-                self.processes.broadcast(value)
+            self.processes.broadcast_state(sae)
             self.average = {} if args.ema_decay is None else {n: p.detach().clone() for n, p in sae.named_parameters()}
             return
         self.stepper.rows_since_active.copy_(extra["rows_since_active"])
@@ -194,10 +186,10 @@ class SAETrainer:
         self._log({f"eval_{name}": value for name, value in dataclasses.asdict(metrics).items() if name != "rows"})
         if metrics.fvu < self.best:
             self.best, self.evaluations_since_best = metrics.fvu, 0
-            if self.args.keep_best and self.processes.is_main:
+            if self.args.keep_best and self.checkpoints.writes:
                 with self._averaged():
                     tensors = {n: v.detach().cpu().contiguous() for n, v in self.sae.state_dict().items()}
-                write_atomically(self.output_dir / BEST, lambda path: save_file(tensors, path))
+                write_atomically(self.checkpoints.best, lambda path: save_file(tensors, path))
         else:
             self.evaluations_since_best += 1
 
@@ -216,7 +208,8 @@ class SAETrainer:
                         parameter.copy_(kept[name])
 
     def _save(self, loss: float) -> None:
-        require_finite_loss(loss, self.step_number, self.output_dir, _ADVICE, self.sae)
+        with self.processes.together():  # of several, one alone may see it
+            require_finite_loss(loss, self.step_number, self.output_dir, _ADVICE, self.sae)
         extra = {
             "step": torch.tensor(self.step_number),
             "rows_since_active": self.stepper.rows_since_active,
@@ -225,9 +218,7 @@ class SAETrainer:
             "evaluations_since_best": torch.tensor(self.evaluations_since_best),
             **{f"ema.{name}": value for name, value in self.average.items()},
         }
-        if self.processes.is_main:
-            optimizer, history = self.stepper.optimizer, self.logger.history
-            save_checkpoint(self.output_dir, self.sae, optimizer, extra, run=self.run_name, history=history)
+        self.checkpoints.save(self.sae, self.stepper.optimizer, extra, self.logger.history, self.step_number)
         for callback in self.callbacks:
             callback.on_save(self, self.step_number)
 
@@ -242,8 +233,8 @@ class SAETrainer:
         """Take the best or averaged weights, fold the input's scale in, measure and save."""
         sae, args = self.sae, self.args
         sae.eval()
-        if args.keep_best and (self.output_dir / BEST).exists():
-            sae.load_state_dict(load_file(self.output_dir / BEST))
+        if args.keep_best and self.checkpoints.best.exists():
+            sae.load_state_dict(load_file(self.checkpoints.best))
         else:
             _set_weights(sae, self.average)
         if args.normalize_input != "none":
@@ -261,8 +252,9 @@ class SAETrainer:
             else f"On {metrics.rows:,} rows that the SAE was trained on: none were held out.",
         }
         sae.metrics["training"].pop("output_dir")
-        if self.processes.is_main:
-            sae.save_pretrained(self.output_dir)
+        whole = gathered(sae)
+        if whole is not None and self.processes.is_main:
+            whole.save_pretrained(self.output_dir)
             write_json(self.output_dir / "training_history.json", self.logger.history)
         return SAETrainingResult(metrics, self.step_number, seconds, self.logger.history)
 
@@ -284,11 +276,11 @@ def train_together(trainers: Sequence[SAETrainer], *, progress: bool = True) -> 
         ValueError: if the trainers do not have the same data, batch size and seed, or share an `output_dir`.
     """
     folders = {Path(trainer.args.output_dir).resolve() for trainer in trainers}
-    orders = {trainer.source.fingerprint() for trainer in trainers}
+    orders = {(trainer.source.fingerprint(), trainer.processes.place) for trainer in trainers}
     if len(folders) != len(trainers) or len(orders) != 1:
         raise ValueError(
             f"{len(trainers)} trainers that train together need an output_dir each (got {len(folders)}) and the same "
-            f"features, batch_size, seed and eval_fraction (got {len(orders)} different orders of rows)."
+            f"features, batch_size, seed, eval_fraction and shard_latents (got {len(orders)} different orders of rows)."
         )
     source, processes = trainers[0].source, trainers[0].processes
     started = time.perf_counter()

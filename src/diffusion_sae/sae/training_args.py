@@ -90,6 +90,10 @@ class SAETrainingArguments(JsonConfig):
     """Whether the finished SAE is the one with the best FVU of all evaluations. Needs eval_steps."""
     max_dead_latents: float = 1.0
     """Share of dead latents above which the training stops with advice; 1: never."""
+    shard_latents: bool = False
+    """Whether each process holds a share of the latents and sees whole batches, for dictionaries larger than a device;
+    False: each holds all latents and a share of the batch. It takes an SAE on the meta device, which was never made in
+    full; activations topk, relu_topk, signed_topk and batchtopk."""
     seed: int = 0
     """Seed of the row order and the held-out images."""
     logging_steps: int = 50
