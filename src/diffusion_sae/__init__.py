@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analysis.sweep.config import SweepConfig
+    from .analysis.sweep.run import Sweep
     from .extraction.extractor import DiffusionFeatureExtractor
     from .features import FeatureStore
     from .probes.configuration import DiffusionProbeConfig
@@ -30,6 +32,8 @@ _HOMES = {
     "DiffusionProbeConfig": "probes.configuration",
     "ProbeTrainer": "probes.trainer",
     "ProbeTrainingArguments": "probes.training_args",
+    "Sweep": "analysis.sweep.run",
+    "SweepConfig": "analysis.sweep.config",
     "SparseCodes": "sae.sparse_codes",
     "encode_features": "sae.encoding",
 }
@@ -45,6 +49,8 @@ __all__ = [
     "SAETrainer",
     "SAETrainingArguments",
     "SparseCodes",
+    "Sweep",
+    "SweepConfig",
     "encode_features",
 ]
 __version__ = "0.1.0"

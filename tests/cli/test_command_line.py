@@ -52,6 +52,7 @@ def test_options_are_the_fields_of_the_configs() -> None:
         KSparseAutoencoderConfig,
         ProbeTrainingArguments,
         SAETrainingArguments,
+        SweepConfig,
     )
     from diffusion_sae.extraction.loading import Placement
     from diffusion_sae.provenance import ExtractorConfig
@@ -61,6 +62,7 @@ def test_options_are_the_fields_of_the_configs() -> None:
         options.PLACEMENT: Placement,
         options.SAE_TRAINING: SAETrainingArguments,
         options.PROBE_TRAINING: ProbeTrainingArguments,
+        options.SWEEP: SweepConfig,
     }
     for source, config in plain.items():
         read = {option.name: option.default for option in options.fields_of(*source) if not option.required}
@@ -153,6 +155,27 @@ def test_extract_says_where_it_goes_on_and_what_it_did(
     assert json.loads(capsys.readouterr().out)["images"] == 60
 
 
+def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options of the command line before those of the file, whose entries can be mappings."""
+    file = tmp_path / "sweep.yaml"
+    prompts = "prompts:\n  - {name: none}\n  - {prompt: 'a {}', of: other, name: wrong}\n"
+    file.write_text(f"output_dir: {tmp_path}/sweep\nlimit: 40\nseeds: [0]\ntimesteps: [25]\n{prompts}")
+    options = ["--config", str(file), "--timesteps", "50", "--layers", "up_ft1", "--seeds", "3", "4"]
+    assert main(["sweep", *options, "--plan"]) == 0
+    assert "fit 2 cells, 4 probes" in capsys.readouterr().out
+    assert not (tmp_path / "sweep").exists()
+    assert main(["sweep", *options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["fits"] == 4 + 3 * 2  # and three baselines
+    assert (result["best"][0]["layer"], result["best"][0]["timestep"], result["best"][0]["prompt"]) == (
+        "up_ft1",
+        50,
+        "none",
+    )
+    assert main(["sweep", *options]) == 0
+    assert re.search(r"tiny-sd +linear +label +up_ft1 t=50 none +0\.\d{3}", capsys.readouterr().out)
+
+
 def test_push_takes_a_store(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed = []
 
@@ -186,6 +209,8 @@ def test_layers(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "{store}", "--output-dir", "{tmp}/o", "--k", "900000"], "k must be at most"),
         (["train", "{tmp}/none", "--output-dir", "{tmp}/o"], "no feature store"),
         (["train", "{store}"], "needs output_dir"),
+        (["sweep"], "needs output_dir"),
+        (["sweep", "--output-dir", "{tmp}/o", "--weights", "fresh"], "weights must be one of"),
         (["encode", "{store}", "--sae", "x/y"], "encode needs --output-dir"),
         (["train", "{store}", "--output-dir", "{tmp}/o", "--layer", "mid"], "layer must be one of 'up_ft1'"),
         (["train", "{store}", "--config", "{yaml}"], r"does not know 'kk' \(did you mean 'k'\?\)"),

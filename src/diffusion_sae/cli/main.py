@@ -15,7 +15,8 @@ COMMANDS = {
     "train": "train a k-sparse autoencoder on a store",
     "encode": "sparse codes of all features of a store, on the disk",
     "probe": "train a probe on a store",
-    "report": "a page of an SAE's latents and their images",
+    "sweep": "probes over models, layers, timesteps, prompts, heads and seeds",
+    "report": "a page of an SAE's latents and their images, or the figures of a sweep",
     "push": "push a trained artifact or a feature store to the Hub",
     "layers": "the layers of a model, with width and stride",
 }

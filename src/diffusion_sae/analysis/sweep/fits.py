@@ -1,0 +1,155 @@
+"""The probes of one cell, one a seed, by the head that its entry names."""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...features import FeatureSet
+from ...probes.configuration import DiffusionProbeConfig
+from ...probes.modeling import DiffusionProbe
+from ...probes.subsets import fit_subsets
+from ...probes.trainer import ProbeMetrics, ProbeTrainer, measure
+from ...probes.training_args import ProbeTrainingArguments
+from ...provenance import Provenance
+from .cells import SeedResult, pack
+from .config import SweepConfig
+from .data import Task, subset_of
+from .specs import HeadSpec
+
+SET_BY_SWEEP = {"output_dir", "seed", "init_seed", "report_to", "d_in", "validation_fraction"}
+
+
+def probe_options(head: HeadSpec) -> tuple[dict, dict]:
+    """A head's options: (of DiffusionProbeConfig, of ProbeTrainingArguments).
+
+    Raises:
+        ValueError: for an option that neither knows, or that the sweep itself sets.
+    """
+    training_fields = {field.name for field in dataclasses.fields(ProbeTrainingArguments)}
+    probe_fields = set(DiffusionProbeConfig.__annotations__)
+    allowed = (training_fields | probe_fields) - SET_BY_SWEEP - {"model_type", "required_keys", "head"}
+    unknown = [name for name in head.options if name not in allowed]
+    if unknown:
+        raise ValueError(
+            f"The head {head.name!r} of the sweep does not know {', '.join(unknown)}. "
+            f"Known: {', '.join(sorted(allowed))}."
+        )
+    training = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in head.options.items()
+        if key in training_fields
+    }
+    return {key: value for key, value in head.options.items() if key not in training_fields}, training
+
+
+def check_head(head: HeadSpec) -> None:
+    """Find out before the long work what a probe would refuse after it."""
+    probe, training = probe_options(head)
+    DiffusionProbeConfig(d_in=1, id2label={0: "a", 1: "b"}, head=head.head, **probe)
+    ProbeTrainingArguments(output_dir="unused", **training)
+
+
+def fit_cell(
+    features: Mapping[str, Tensor],
+    task: Task,
+    head: HeadSpec,
+    config: SweepConfig,
+    *,
+    provenance: Provenance | None,
+    work: Path,
+) -> list[SeedResult]:
+    """A fit a seed.
+
+    Args:
+        features: rows of each split of its own, one an image.
+        task: which of them are of which role, and their classes.
+        head, config: what is fitted.
+        provenance: the extraction, for probes that are checkpointed while they train.
+        work: folder for these checkpoints; removed when the cell is done.
+    """
+    roles = {role: features[task.split_of[role]][rows] for role, rows in task.rows.items()}
+    probe, training = probe_options(head)
+    if head.head == "linear" and training.get("optimizer", "auto") in ("auto", "lbfgs") and not probe:
+        return _fit_linear(roles, task, training, config)
+    results = [_train(roles, task, head, seed, config, provenance, work / str(seed)) for seed in config.seeds]
+    shutil.rmtree(work, ignore_errors=True)
+    return results
+
+
+def _result(
+    seed: int, validation: ProbeMetrics, logits: Mapping[str, Tensor], task: Task, chosen: dict, seconds: float
+) -> SeedResult:
+    role = "test" if "test" in task.rows else "validation"
+    correct = logits[role].argmax(1) == task.labels[role]
+    return SeedResult(
+        seed=seed,
+        validation_accuracy=validation.accuracy,
+        validation_loss=validation.loss,
+        test_accuracy=measure(logits["test"], task.labels["test"]).accuracy if role == "test" else None,
+        l2=chosen.get("l2"),
+        epoch=None if chosen.get("epoch") is None else int(chosen["epoch"]),
+        seconds=round(seconds, 3),
+        correct=pack(correct),
+    )
+
+
+def _fit_linear(roles: Mapping[str, Tensor], task: Task, training: dict, config: SweepConfig) -> list[SeedResult]:
+    """All seeds in the same products."""
+    started = time.perf_counter()
+    count = len(roles["train"])
+    fits = fit_subsets(
+        roles["train"],
+        task.labels["train"],
+        torch.stack([subset_of(count, config.train_fraction, seed) for seed in config.seeds]),
+        (roles["validation"], task.labels["validation"]),
+        num_labels=task.num_labels,
+        strengths=ProbeTrainingArguments(output_dir="unused", **training).l2_path,
+    )
+    seconds = (time.perf_counter() - started) / len(fits)
+    measured = "test" if "test" in roles else "validation"
+    return [
+        _result(seed, fit.validation, {measured: fit.logits(roles[measured])}, task, {"l2": fit.solution.l2}, seconds)
+        for seed, fit in zip(config.seeds, fits, strict=True)
+    ]
+
+
+def _train(
+    roles: Mapping[str, Tensor],
+    task: Task,
+    head: HeadSpec,
+    seed: int,
+    config: SweepConfig,
+    provenance: Provenance | None,
+    work: Path,
+) -> SeedResult:
+    started = time.perf_counter()
+    own = subset_of(len(roles["train"]), config.train_fraction, seed)
+    names = dict(enumerate(task.class_names))
+
+    def as_set(role: str, keep: Tensor | slice = slice(None)) -> FeatureSet:
+        return FeatureSet([roles[role][keep]], labels=task.labels[role][keep], provenance=provenance)
+
+    train, validation = as_set("train", own), as_set("validation")
+    probe_settings, training = probe_options(head)
+    probe = DiffusionProbe(
+        DiffusionProbeConfig(
+            d_in=train.d_in,
+            head=head.head,
+            id2label=names,
+            label2id={name: number for number, name in names.items()},
+            init_seed=seed,
+            **probe_settings,
+        )
+    )
+    if config.device is not None:
+        probe.to(torch.device(config.device))
+    args = ProbeTrainingArguments(output_dir=str(work), seed=seed, **training)
+    result = ProbeTrainer(probe, train, args, validation_features=validation).fit(progress=False)
+    measured = "test" if "test" in roles else "validation"
+    logits = {measured: probe.predict(roles[measured])}
+    return _result(seed, result.validation, logits, task, dict(result.chosen), time.perf_counter() - started)

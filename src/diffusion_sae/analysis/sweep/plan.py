@@ -1,0 +1,239 @@
+"""What a sweep will do and what it takes: images, forward passes, features on the disk, fits, time."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...extraction.extractor import DiffusionFeatureExtractor
+from ...extraction.sources import open_images
+from ...provenance import DTYPES
+from ...zoo import IMAGES, embedded_models
+from .config import SweepConfig
+from .published import published_model
+from .sources import Source, cells_of, sources_of
+from .specs import ModelSpec
+
+ASSUMED_WIDTH, ASSUMED_STRIDE, ASSUMED_SIZE = 1280, 16, 512
+BYTES: dict[str, int] = dict(zip(DTYPES, (4, 2, 2), strict=True))
+# of the peak of a matrix product that the convolutions and attentions of a denoiser reach, and L-BFGS steps a path
+EFFICIENCY, STEPS = 0.6, 50
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What an image costs in one model."""
+
+    numbers: dict[str, tuple[int, int]]
+    """Layer → (channels, positions)."""
+    encode_seconds: float | None
+    forward_seconds: float | None
+    """One timestep, up to the last layer that is wanted."""
+    known_from: str
+
+
+def _matmul_flops() -> float:
+    """Operations a second of this machine, from matrix products of a tenth of a second."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    _ = a @ b
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        _ = a @ b
+        seconds.append(time.perf_counter() - started)
+    return 2 * 1024**3 / statistics.median(seconds)
+
+
+def _is_here(model: str) -> bool:
+    return model in embedded_models() or Path(model).is_dir()
+
+
+def _measured(spec: ModelSpec, config: SweepConfig) -> ModelCost:
+    """Of a model that is on this machine: loaded, and timed on a batch of blank images."""
+    extractor = DiffusionFeatureExtractor.from_pretrained(
+        spec.model, layers=spec.layers, timesteps=spec.timesteps[:1], device=config.device, **spec.extraction
+    )
+    size, batch = extractor.backbone.image_size, config.batch_size
+    numbers = {info.name: (info.channels, (size // info.stride) ** 2) for info in extractor.layer_infos()}
+    pixels, encode, forward = torch.zeros(batch, 3, size, size), 0.0, 0.0
+    for _ in range(2):  # the first warms up
+        started = time.perf_counter()
+        extractor.backbone.encode(pixels)
+        encode = time.perf_counter() - started
+    for _ in range(2):
+        started = time.perf_counter()
+        extractor.features_of(pixels, [str(i) for i in range(batch)], None)
+        forward = time.perf_counter() - started - encode
+    how = f"measured on this machine, {extractor.device}, {batch} images at once"
+    return ModelCost(numbers, encode / batch, max(forward, 0.0) / batch, how)
+
+
+def _cost(spec: ModelSpec, config: SweepConfig, flops: float) -> ModelCost:
+    if _is_here(spec.model):
+        return _measured(spec, config)
+    known = published_model(spec.model)
+    size = spec.extraction.get("image_size")
+    if known is not None and all(layer in known.layers for layer in spec.layers):
+        scale = 1.0 if size is None else (size / known.image_size) ** 2
+        layers = {layer: known.layers[layer] for layer in spec.layers}
+        numbers = {
+            name: (layer.channels, round(scale * (known.image_size // layer.stride) ** 2))
+            for name, layer in layers.items()
+        }
+        furthest = max(layer.gflops for layer in layers.values())
+        return ModelCost(
+            numbers,
+            scale * known.encode_gflops * 1e9 / (EFFICIENCY * flops),
+            scale * furthest * 1e9 / (EFFICIENCY * flops),
+            f"its published config, at {EFFICIENCY:.0%} of the {flops / 1e9:.0f} GFLOP/s of a matrix product here",
+        )
+    positions = ((size or ASSUMED_SIZE) // ASSUMED_STRIDE) ** 2
+    missing = (
+        "its config" if known is None else "a table of " + ", ".join(s for s in spec.layers if s not in known.layers)
+    )
+    return ModelCost(
+        dict.fromkeys(spec.layers, (ASSUMED_WIDTH, positions)),
+        None,
+        None,
+        f"assumed: {missing} is not on this machine; {ASSUMED_WIDTH} channels, {positions} positions a layer",
+    )
+
+
+def _image_counts(config: SweepConfig) -> tuple[dict[str, int | None], list[str], str]:
+    """Images a role, the classes' names if they are known, and where it is known from."""
+    roles = list(config.splits)
+    limit = config.limit
+    if config.dataset == IMAGES or Path(config.dataset).exists():
+        sources = {role: open_images(config.dataset, split).first(limit) for role, split in config.splits.items()}
+        counts: dict[str, int | None] = {role: len(source) for role, source in sources.items()}
+        return counts, sources["train"].class_names or [], "the data"
+    if config.num_images:
+        given = config.num_images if len(config.num_images) == len(roles) else ()
+        counts = {role: min(n, limit or n) for role, n in zip(roles, given, strict=bool(given))}
+        if counts:
+            return counts, [], "num_images"
+        raise ValueError(f"num_images must have an entry a split ({', '.join(roles)}), got {list(config.num_images)}.")
+    return dict.fromkeys(roles), [], "nothing: the data are not on this machine; give num_images for an estimate"
+
+
+def _stored_numbers(cost: ModelCost, pooling: str) -> int:
+    """Of one image at one timestep, over all layers."""
+    whole = pooling in ("none", "tokens")
+    return sum(channels * (positions if whole else 1) for channels, positions in cost.numbers.values())
+
+
+def _fit_seconds(cost: ModelCost, images: int, classes: int, config: SweepConfig, flops: float) -> float:
+    """Of a linear head, all layers of a timestep and all seeds: covariances, factors, and products of the path."""
+    total, seeds = 0.0, len(config.seeds)
+    for channels, _ in cost.numbers.values():
+        steps = STEPS * 4.0 * images * channels * classes * seeds
+        total += 2.0 * images * channels**2 + 5 * channels**3 / 3 + steps
+    # skinny products reach half of a square one's rate
+    return total / (0.5 * flops) + 0.05 * seeds * len(cost.numbers)
+
+
+def plan(config: SweepConfig) -> dict[str, Any]:
+    """What `Sweep(config).run()` would extract and fit, with estimates; nothing is downloaded, extracted or fitted."""
+    counts, class_names, images_from = _image_counts(config)
+    known = [count for count in counts.values() if count is not None]
+    images = sum(known) if len(known) == len(counts) else None
+    flops = _matmul_flops()
+    costs = {spec.name: _cost(spec, config, flops) for spec in config.model_specs}
+    sources = sources_of(config, class_names or None)
+    entries = [_entry(source, costs[source.model.name], images, config) for source in sources]
+    cells = sum(entry["cells"] for entry in entries)
+    fits = cells * len(config.seeds)
+    linear = [head for head in config.head_specs if head.head == "linear"]
+    fit_seconds = None
+    if images is not None and len(linear) == len(config.head_specs):
+        classes = len(class_names) or 100
+        train = counts["train"] or 0
+        fit_seconds = sum(
+            len(source.timesteps)
+            * len(config.label_specs)
+            * len(linear)
+            * _fit_seconds(costs[source.model.name], train, classes, config, flops)
+            for source in sources
+        )
+    return {
+        "dataset": config.dataset,
+        "images": counts,
+        "images_from": images_from,
+        "models": {name: cost.known_from for name, cost in costs.items()},
+        "extractions": entries,
+        "cells": cells,
+        "fits": fits,
+        "extraction_seconds": _total([entry["seconds"] for entry in entries]),
+        "fit_seconds": fit_seconds,
+        "disk_bytes": _total([e["bytes"] for e in entries], most=not config.keep_features),
+        "output_dir": config.output_dir,
+    }
+
+
+def _total(values: Sequence[float | None], *, most: bool = False) -> float | None:
+    known = [value for value in values if value is not None]
+    return (max(known) if most else sum(known)) if len(known) == len(values) else None
+
+
+def _entry(source: Source, cost: ModelCost, images: int | None, config: SweepConfig) -> dict[str, Any]:
+    dtype = config.store_dtype or source.model.extraction.get("dtype", "float32")
+    numbers = _stored_numbers(cost, source.pooling) * len(source.timesteps)
+    pairs = 2 if source.prompt.extraction.get("classifier_free_pair") else 1
+    seconds = None
+    if images is not None and cost.forward_seconds is not None and cost.encode_seconds is not None:
+        members = source.model.extraction.get("ensemble", 1) * pairs
+        seconds = images * (cost.encode_seconds + len(source.timesteps) * members * cost.forward_seconds)
+    cells = len(list(cells_of(source))) * len(config.head_specs) * len(config.label_specs)
+    return {
+        **source.describe(),
+        "layers": list(source.model.layers),
+        "timesteps": list(source.timesteps),
+        "pooling": source.pooling,
+        "cells": cells,
+        "seconds": seconds,
+        "bytes": None if images is None else images * numbers * pairs * BYTES[dtype],
+    }
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "not estimated"
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:.0f} {unit}"
+    return f"about {seconds:.0f} s"
+
+
+def _size(count: float | None) -> str:
+    if count is None:
+        return "not estimated"
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"
+
+
+def describe(planned: dict[str, Any]) -> str:
+    """A plan as text."""
+    counts = ", ".join(f"{role} {'?' if n is None else f'{n:,}'}" for role, n in planned["images"].items())
+    lines = [f"{planned['dataset']}: {counts} images (from {planned['images_from']})"]
+    lines += [f"{name}: {known}" for name, known in planned["models"].items()]
+    lines.append("")
+    for entry in planned["extractions"]:
+        timesteps = ", ".join(map(str, entry["timesteps"]))
+        lines.append(
+            f"extract {entry['model']} · {entry['weights']} · prompt {entry['prompt']!r} · draw {entry['draw']}: "
+            f"{', '.join(entry['layers'])} × t={timesteps} ({entry['pooling']}), {_duration(entry['seconds'])}, "
+            f"{_size(entry['bytes'])}"
+        )
+    lines += [
+        "",
+        f"fit {planned['cells']:,} cells, {planned['fits']:,} probes: {_duration(planned['fit_seconds'])}",
+        f"extraction: {_duration(planned['extraction_seconds'])}; disk at most {_size(planned['disk_bytes'])}",
+        f"results: {planned['output_dir']}/results.parquet and sweep.json. Nothing was done.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,192 @@
+"""Sweep: extracts what is missing, fits what is missing, writes one table."""
+
+import dataclasses
+import importlib.metadata
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..._files import read_json, remove_leftovers, require_writable_folder, write_json
+from ...extraction.extractor import VERSIONED
+from ...features import FeatureStore
+from ...provenance import Provenance
+from .baselines import baseline_features
+from .cells import Cell, CellResult, path_of
+from .config import SweepConfig
+from .data import Task, open_splits, tasks
+from .fits import check_head, fit_cell
+from .margins import best_cells, best_of, model_groups
+from .results import RESULTS, SUMMARY, write_table
+from .sources import Extractions, Source, cells_of, features_of, provenance_of, sources_of
+from .specs import HeadSpec
+
+logger = logging.getLogger(__name__)
+
+
+class Sweep:
+    """Probes over a grid; see SweepConfig for what it covers and what a seed is.
+
+    The L2 strength, the epoch and the best cell are chosen on validation images. Test images are measured at every fit,
+    and decide nothing. Killed at any moment, the next run gives the results of an undisturbed one.
+    """
+
+    def __init__(self, config: SweepConfig, *, progress: bool = True) -> None:
+        """
+        Raises:
+            ValueError: for images without labels, labels that they lack, and heads that a probe refuses.
+        """
+        self.config, self.progress = config, progress
+        self.folder = Path(config.output_dir)
+        for head in config.head_specs:
+            check_head(head)
+        self.images = open_splits(config)
+        self.tasks = tasks(config, self.images)
+        self.sources = sources_of(config, self.images["train"].class_names)
+        self.records: dict[str, Provenance] = {}
+
+    def run(self) -> dict[str, Any]:
+        """All of it; returns what is written to `sweep.json`."""
+        require_writable_folder(self.folder)
+        remove_leftovers(self.folder / "cells", "*.json")
+        extractions = Extractions(self.config, self.images, progress=self.progress)
+        paths: list[Path] = []
+        total = sum(len(list(cells_of(s))) for s in self.sources) * len(self.config.head_specs) * len(self.tasks)
+        with tqdm(total=total, unit="cell", desc="sweep", disable=not self.progress) as bar:
+            for source in self.sources:
+                paths += self._fit_source(source, extractions, bar)
+        paths += self._fit_inputs()
+        results = [CellResult.read(path) for path in paths]
+        if "shuffled" in self.config.baselines:
+            results += [CellResult.read(path) for path in self._fit_shuffled(results, extractions)]
+        return self._write(results)
+
+    def _file(self, cell: Cell, head: HeadSpec, task: Task, settings: Any) -> Path:
+        config = self.config
+        decides = {
+            "head": dataclasses.asdict(head),
+            "label": {role: values.tolist() for role, values in task.labels.items()},
+            "settings": settings,
+            "seeds": list(config.seeds),
+            "train_fraction": config.train_fraction,
+            "dataset": [config.dataset, config.splits, config.limit],
+        }
+        return path_of(self.folder, cell, decides)
+
+    def _settings(self, source: Source) -> dict[str, Any]:
+        # not the timesteps: which others a cell was extracted with does not change it
+        settings = {key: value for key, value in source.settings.items() if key not in ("layers", "timesteps")}
+        return {"model": source.model.model, "of": source.prompt.of, "dtype": self.config.store_dtype, **settings}
+
+    def _planned(self, source: Source) -> Iterator[tuple[Cell, HeadSpec, Task, Path]]:
+        """Cells of a source, those of one layer and timestep together."""
+        for layer, timestep in cells_of(source):
+            for head in self.config.head_specs:
+                for task in self.tasks:
+                    cell = Cell(
+                        "cell", **source.describe(), layer=layer, timestep=timestep, head=head.name, label=task.name
+                    )
+                    yield cell, head, task, self._file(cell, head, task, self._settings(source))
+
+    def _fit_source(self, source: Source, extractions: Extractions, bar: tqdm) -> list[Path]:
+        planned = list(self._planned(source))
+        missing = [entry for entry in planned if not entry[3].exists()]
+        bar.update(len(planned) - len(missing))
+        if missing or not self._record(source).exists():
+            stores = extractions.stores(source)
+            self._remember(source, stores)
+            loaded: tuple[Any, dict[str, Tensor]] = (None, {})
+            for cell, head, task, path in missing:
+                bar.set_postfix_str(f"{cell.model} {cell.layer} t={cell.timestep}")
+                key = (cell.layer, cell.timestep, head.pooling)
+                if loaded[0] != key:
+                    loaded = (key, {role: features_of(store, *key) for role, store in stores.items()})
+                record = self.records[source.folder_name].select(cell.layer, cell.timestep)
+                self._fit(cell, head, task, path, loaded[1], record)
+                bar.update()
+        if not self.config.keep_features:
+            extractions.remove(source)
+        return [path for *_, path in planned]
+
+    def _remember(self, source: Source, stores: dict[str, FeatureStore]) -> None:
+        record = provenance_of(list(stores.values()))
+        self.records[source.folder_name] = record
+        write_json(self._record(source), record.to_dict())
+
+    def _record(self, source: Source) -> Path:
+        return self.folder / "sources" / f"{source.folder_name}.json"
+
+    def _fit(
+        self,
+        cell: Cell,
+        head: HeadSpec,
+        task: Task,
+        path: Path,
+        features: dict[str, Tensor],
+        record: Provenance | None,
+    ) -> None:
+        seeds = fit_cell(features, task, head, self.config, provenance=record, work=self.folder / "work" / path.stem)
+        rows = {role: len(index) for role, index in task.rows.items()}
+        rows["train"] = round(self.config.train_fraction * rows["train"])
+        CellResult(cell, task.num_labels, rows, features["train"][0].numel(), seeds).write(path)
+
+    def _fit_inputs(self) -> list[Path]:
+        """Baselines on what goes into the denoiser, with a linear head."""
+        head, paths = HeadSpec.parse("linear"), []
+        for kind in ("pixels", "latents"):
+            for model in self.config.model_specs if kind in self.config.baselines else ():
+                features: dict[str, Tensor] | None = None
+                for task in self.tasks:
+                    cell = Cell(kind, model.name, "trained", 0, "", "", "", -1, head.name, task.name)
+                    settings = [model.model, model.extraction, self.config.baseline_size]
+                    path = self._file(cell, head, task, settings)
+                    if not path.exists():
+                        features = features or baseline_features(kind, model, self.config, self.images)
+                        self._fit(cell, head, task, path, features, None)
+                    paths.append(path)
+        return paths
+
+    def _fit_shuffled(self, results: list[CellResult], extractions: Extractions) -> list[Path]:
+        """At the best cell of each model, head and label."""
+        paths = []
+        for group in model_groups(results).values():
+            best = best_of(group).results[0].cell
+            (source,) = [
+                s
+                for s in self.sources
+                if s.describe().items() <= dataclasses.asdict(best).items() and best.timestep in s.timesteps
+            ]
+            (head,) = [h for h in self.config.head_specs if h.name == best.head]
+            (task,) = [t for t in self.tasks if t.name == best.label]
+            cell = dataclasses.replace(best, kind="shuffled")
+            task = task.shuffled(self.config.seeds[0])
+            path = self._file(cell, head, task, self._settings(source))
+            if not path.exists():
+                stores = extractions.stores(source)
+                features = {r: features_of(s, best.layer, best.timestep, head.pooling) for r, s in stores.items()}
+                self._fit(cell, head, task, path, features, None)
+                if not self.config.keep_features:
+                    extractions.remove(source)
+            paths.append(path)
+        return paths
+
+    def _write(self, results: list[CellResult]) -> dict[str, Any]:
+        write_table(self.folder / RESULTS, results)
+        content = {
+            "config": self.config.to_dict(),
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+            "extractions": {s.folder_name: _read_record(self._record(s)) for s in self.sources},
+            "fits": sum(len(result.seeds) for result in results),
+            "best": best_cells(results),
+        }
+        write_json(self.folder / SUMMARY, content)
+        logger.info("%d fits in %s", content["fits"], self.folder / RESULTS)
+        return content
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = Provenance.from_dict(read_json(path))
+    return {**record.to_dict(), "fingerprint": record.fingerprint}

@@ -1,0 +1,148 @@
+"""What a sweep extracts: a store for each model, weights, draw, prompt and split, shared by layers, heads and seeds."""
+
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..._files import fingerprint_of
+from ...extraction.extractor import DiffusionFeatureExtractor
+from ...extraction.pooling import pool
+from ...extraction.sources import ImageSource
+from ...features import FeatureStore
+from ...provenance import ExtractorConfig, Provenance
+from .config import SweepConfig
+from .data import texts_of
+from .specs import ModelSpec, PromptSpec
+
+
+@dataclass(frozen=True)
+class Source:
+    """One extraction; `timesteps` may be a part of the model's, where features are not kept."""
+
+    model: ModelSpec
+    weights: str
+    draw: int
+    prompt: PromptSpec
+    timesteps: tuple[int, ...]
+    pooling: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of ExtractorConfig."""
+        prompt = self.prompt
+        extraction = {**self.model.extraction, **prompt.extraction, "prompt": prompt.prompt}
+        if prompt.of is not None:
+            extraction["prompt_from"] = "image"  # the texts themselves are made by `texts_of`
+        return {
+            **extraction,
+            "layers": self.model.layers,
+            "timesteps": self.timesteps,
+            "pooling": self.pooling,
+            "seed": self.draw,
+            "random_weights": self.weights == "random",
+        }
+
+    @property
+    def folder_name(self) -> str:
+        """Readable, and of its own for each extraction: names are shortened, so that a hash tells them apart."""
+        settings = ExtractorConfig(model=self.model.model, **self.settings).to_dict()
+        parts = (self.model.name, self.weights, self.prompt.name, f"draw{self.draw}")
+        named = "-".join(re.sub(r"[^\w.]+", "-", part).strip("-")[:24] for part in parts)
+        return f"{named}-{fingerprint_of(settings | {'of': self.prompt.of})[:8]}"
+
+    def describe(self) -> dict[str, Any]:
+        """What the columns of the results say of it."""
+        return {
+            "model": self.model.name,
+            "weights": self.weights,
+            "draw": self.draw,
+            "prompt": self.prompt.name,
+            "prompt_of": self.prompt.of or "",
+        }
+
+
+def pooling_of(config: SweepConfig) -> str:
+    """What is stored: the features as the most demanding head takes them, from which the others' are made."""
+    wanted = {head.pooling for head in config.head_specs}
+    if len(wanted) == 1:
+        return wanted.pop()
+    return "none" if "none" in wanted else "tokens"
+
+
+def sources_of(config: SweepConfig, class_names: Sequence[str] | None = None) -> list[Source]:
+    """All extractions, in the order in which they are made; `class_names` fill the choices of CLIP's prompts."""
+    pooling = pooling_of(config)
+    return [
+        Source(model, weights, draw, prompt.with_choices(class_names) if class_names else prompt, timesteps, pooling)
+        for model in config.model_specs
+        for weights in model.weights
+        for draw in config.draws
+        for prompt in model.prompts
+        for timesteps in ([model.timesteps] if config.keep_features else [(t,) for t in model.timesteps])
+    ]
+
+
+class Extractions:
+    """Makes the stores of a sweep, when they are needed."""
+
+    def __init__(self, config: SweepConfig, images: dict[str, ImageSource], *, progress: bool = True) -> None:
+        self.config, self.images, self.progress = config, images, progress
+        self.folder = Path(config.output_dir) / "features"
+        self.opened: dict[str, dict[str, FeatureStore]] = {}
+
+    def stores(self, source: Source) -> dict[str, FeatureStore]:
+        """By role; a finished store is opened, an unfinished one gone on with."""
+        if source.folder_name in self.opened:
+            return self.opened[source.folder_name]
+        extractor = DiffusionFeatureExtractor.from_pretrained(
+            source.model.model, device=self.config.device, **source.settings
+        )
+        made = {}
+        for role, images in self.images.items():
+            texts = texts_of(source.prompt, images)
+            made[role] = extractor.extract(
+                images,
+                self.folder / source.folder_name / role,
+                batch_size=self.config.batch_size,
+                store_dtype=self.config.store_dtype,
+                prompts=texts,
+                progress=self.progress,
+            )
+        self.opened[source.folder_name] = made
+        return made
+
+    def remove(self, source: Source) -> None:
+        self.opened.pop(source.folder_name, None)
+        shutil.rmtree(self.folder / source.folder_name, ignore_errors=True)
+
+
+def as_pooled(rows: Tensor, stored: str, wanted: str, positions: int) -> Tensor:
+    """Stored features as a head takes them: pooled after they were stored whole, which is the same but for rounding."""
+    if stored == wanted:
+        return rows
+    if stored == "tokens":
+        rows = rows.unflatten(0, (-1, positions))  # (n·T, C) → (n, T, C)
+    return pool(rows, wanted)
+
+
+def cells_of(source: Source) -> Iterator[tuple[str, int]]:
+    for timestep in source.timesteps:
+        for layer in source.model.layers:
+            yield layer, timestep
+
+
+def provenance_of(stores: Sequence[FeatureStore]) -> Provenance:
+    """The one of all splits."""
+    (record,) = {store.provenance.fingerprint: store.provenance for store in stores}.values()
+    return record
+
+
+def features_of(store: FeatureStore, layer: str, timestep: int, wanted: str) -> Tensor:
+    """All rows of a cell, in fp32, as a head takes them: one row an image."""
+    features = store.select(layer, timestep)
+    return as_pooled(features.to_tensor(), store.provenance.pooling, wanted, features.positions_per_image)

@@ -1,0 +1,100 @@
+"""Plans: nothing is done, published sizes are right, and what is not known is said."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion_sae import SweepConfig
+from diffusion_sae.analysis.sweep.plan import describe, plan
+from diffusion_sae.analysis.sweep.published import BY_ID, published_model
+from diffusion_sae.cli.main import main
+from diffusion_sae.extraction.hooks import ImageStream, run_until_captured
+from published_models import DIT_XL_2, SD15_UNET
+
+ROOT = Path(__file__).parents[2]
+PAPER = sorted((ROOT / "examples" / "paper").glob("*.yaml"))
+
+
+def config(tmp_path: Path, **changes: Any) -> SweepConfig:
+    return SweepConfig(output_dir=str(tmp_path / "out"), **changes)
+
+
+def test_a_plan_does_nothing_and_counts_what_a_sweep_does(tmp_path: Path) -> None:
+    labels = ("label", {"name": "two", "groups": {"a": ["bag"], "b": ["boat"]}})
+    planned = plan(config(tmp_path, limit=50, labels=labels, weights=("trained", "random"), seeds=(0, 1, 2)))
+    assert not list(tmp_path.iterdir())
+    assert planned["images"] == {"train": 50, "validation": 50, "test": 50}
+    assert (planned["cells"], planned["fits"]) == (2 * 3 * 2, 36)
+    assert planned["disk_bytes"] == 2 * 150 * 3 * 144 * 4  # weights × images × timesteps × channels × bytes
+    assert 0 < planned["extraction_seconds"] < 600
+    text = describe(planned)
+    assert "12 cells, 36 probes" in text
+    assert "measured on this machine" in text
+
+
+def test_features_that_are_not_kept_need_the_disk_of_one_timestep(tmp_path: Path) -> None:
+    kept, dropped = (plan(config(tmp_path, limit=10, keep_features=keep)) for keep in (True, False))
+    assert kept["disk_bytes"] == 3 * dropped["disk_bytes"]
+    assert len(dropped["extractions"]) == 3
+    assert kept["cells"] == dropped["cells"]
+
+
+def test_what_is_not_known_is_said(tmp_path: Path) -> None:
+    planned = plan(config(tmp_path, models=("owner/unknown",), dataset="owner/images", heads=("diff-c",)))
+    assert planned["images"] == {"train": None, "validation": None, "test": None}
+    assert planned["extraction_seconds"] is planned["disk_bytes"] is planned["fit_seconds"] is None
+    text = describe(planned)
+    assert "its config is not on this machine; 1280 channels" in text
+    assert "give num_images" in text
+    with pytest.raises(ValueError, match=r"num_images must have an entry a split \(train, validation, test\)"):
+        plan(config(tmp_path, dataset="owner/images", num_images=(5,)))
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_grids_can_be_planned_offline(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert {model["model"] for model in content["models"]} == set(BY_ID)
+    assert main(["sweep", "--config", str(path), "--plan"]) == 0
+    text = capsys.readouterr().out
+    assert "not estimated" not in text.replace("probes: not estimated", "")
+    assert text.count("its published config") == 4
+
+
+def test_there_is_a_grid_for_each_of_the_papers_data_sets() -> None:
+    assert {path.stem for path in PAPER} == {"oxford-iiit-pet", "fgvc-aircraft", "caltech-101", "dtd", "flowers-102"}
+
+
+def counted(kind: Any, settings: dict[str, Any], path: str, image_size: int, **given: Any) -> float:
+    side = image_size // 8
+    with torch.device("meta"):
+        denoiser = kind(**settings)
+        sample = torch.empty(1, 4, side, side)
+    denoiser.to("meta").eval()
+    arguments = {name: torch.zeros(*shape, dtype=dtype, device="meta") for name, (shape, dtype) in given.items()}
+    tokens = (side // 2) ** 2 if "class_labels" in given else None
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run_until_captured(
+            denoiser,
+            {"layer": path},
+            lambda: denoiser(sample, timestep=torch.zeros(1, device="meta"), **arguments),
+            ImageStream(tokens),
+        )
+    return counter.get_total_flops() / 1e9
+
+
+def test_published_sizes() -> None:
+    from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+
+    sd, dit = published_model("stable-diffusion-v1-5/stable-diffusion-v1-5"), published_model("facebook/DiT-XL-2-256")
+    assert sd is not None
+    assert dit is not None
+    text = {"encoder_hidden_states": ((1, 77, 768), torch.float32)}
+    up = counted(UNet2DConditionModel, SD15_UNET, "up_blocks.1", 512, **text)
+    assert sd.layers["up_ft1"].gflops == pytest.approx(up, rel=0.01)
+    label = {"class_labels": ((1,), torch.long)}
+    block = counted(DiTTransformer2DModel, DIT_XL_2, "transformer_blocks.14", 256, **label)
+    assert dit.layers["block14"].gflops == pytest.approx(block, rel=0.01)

@@ -1,0 +1,166 @@
+"""Figures of a sweep: that they show the numbers, that no text is cut off, and the page of what is best."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diffusion_sae import Sweep, SweepConfig
+from diffusion_sae.cli.main import main
+from diffusion_sae.report import sweep_figures as draw
+
+Row = dict[str, Any]
+LAYERS, TIMESTEPS = ("down_ft0", "bottleneck", "transformer_blocks.5.ff.net.0.proj"), (10, 100, 500)
+
+
+def rows(**changes: Any) -> list[Row]:
+    """Three fits a cell; accuracy falls with the timestep, more so for the fine label."""
+    made = []
+    for model in ("model-a", "model-b"):
+        for weights in ("trained", "random"):
+            for prompt in ("empty", "class template"):
+                for label, classes, slope in (("breed", 37, 0.3), ("species", 2, 0.1)):
+                    for i, layer in enumerate(LAYERS):
+                        for j, timestep in enumerate(TIMESTEPS):
+                            for seed in range(3):
+                                value = 0.9 - slope * j / 3 - 0.05 * abs(i - 1) - 0.2 * (weights == "random")
+                                value += 0.01 * seed
+                                made.append(
+                                    {
+                                        "kind": "cell",
+                                        "model": model,
+                                        "weights": weights,
+                                        "prompt": prompt,
+                                        "prompt_of": "" if prompt == "empty" else "own",
+                                        "layer": layer,
+                                        "timestep": timestep,
+                                        "head": "linear",
+                                        "label": label,
+                                        "num_labels": classes,
+                                        "seed": seed,
+                                        "validation_accuracy": value,
+                                        "test_accuracy": value - 0.01,
+                                    }
+                                )
+    return draw.pick(made, **changes)
+
+
+CELLS = {"model": "model-a", "weights": "trained", "prompt": "empty", "label": "breed"}
+FIGURES: dict[str, Callable[[], Any]] = {
+    "heat_map": lambda: draw.heat_map(rows(**CELLS), title="model-a", chosen=("bottleneck", 10)),
+    "layer_curves": lambda: draw.layer_curves(rows(**CELLS), title="model-a", levels={"raw pixels": 0.5}),
+    "prompt_comparison": lambda: draw.prompt_comparison(rows(weights="trained", label="breed")),
+    "architecture_comparison": lambda: draw.architecture_comparison(rows(prompt="empty", label="breed"), title="x"),
+    "granularity_profile": lambda: draw.granularity_profile(rows(model="model-a", weights="trained", prompt="empty")),
+}
+
+
+def drawn(figure: Any) -> Image.Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_touches_the_edge(name: str) -> None:
+    """A cut-off label would; and text of 9 points is at least 11 pixels high where the figure is 900 pixels wide."""
+    image = drawn(FIGURES[name]())
+    assert image.width == 1800
+    width, height = image.size
+    edges = [(0, 0, width, 2), (0, height - 2, width, height), (0, 0, 2, height), (width - 2, 0, width, height)]
+    assert all(image.crop(edge).getextrema() == ((255, 255),) * 3 for edge in edges)
+    sizes = {text.get_fontsize() for text in FIGURES[name]().findobj(lambda a: hasattr(a, "get_fontsize"))}
+    assert min(sizes) >= 8.5
+
+
+def texts(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.findobj(lambda a: hasattr(a, "get_fontsize"))]
+
+
+def test_the_heat_map_writes_the_means_and_outlines_the_choice() -> None:
+    figure = FIGURES["heat_map"]()
+    assert {"90.0", "80.0", "70.0"} <= set(texts(figure))
+    assert "…mer_blocks.5.ff.net.0.proj"[-21:] in " ".join(texts(figure))
+    (outline,) = figure.axes[0].patches
+    assert (outline.get_x(), outline.get_y()) == (-0.48, 0.54)
+
+
+def test_curves_have_intervals_and_differ_by_more_than_colour() -> None:
+    figure = FIGURES["layer_curves"]()
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 3]
+    assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(LAYERS) == len(lines)
+    assert len(figure.axes[0].collections) == len(LAYERS)
+    mean, half = draw.mean_and_interval([0.89, 0.9, 0.91])
+    assert mean == pytest.approx(0.9)
+    assert half == pytest.approx(4.30 * 0.01 / 3**0.5, rel=1e-3)  # Student's t, two degrees of freedom
+
+
+def test_only_the_best_layers_are_drawn_where_there_are_many() -> None:
+    figure = draw.layer_curves(rows(**CELLS), most=1)
+    assert "bottleneck" in texts(figure)
+    assert "down_ft0" not in texts(figure)
+
+
+def test_granularity_is_relative_to_the_best_cell_and_to_chance() -> None:
+    own = rows(model="model-a", weights="trained", prompt="empty")
+    fine = draw.relative_accuracy(draw.pick(own, label="breed"))
+    coarse = draw.relative_accuracy(draw.pick(own, label="species"))
+    assert fine["bottleneck", 10] == coarse["bottleneck", 10] == 1
+    assert fine["bottleneck", 500] == pytest.approx((0.7 - 1 / 37) / (0.9 - 1 / 37))
+    assert "species (2 classes)" in texts(FIGURES["granularity_profile"]())
+
+
+def test_a_sweeps_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "sweep"
+    groups = {"shoes": ["sandal", "sneaker", "ankle boot"], "bags": ["bag"], "trousers": ["trouser"]}
+    groups["tops"] = ["T-shirt", "pullover", "dress", "coat", "shirt"]
+    config = SweepConfig(
+        output_dir=str(folder),
+        timesteps=(25, 300),
+        limit=40,
+        seeds=(0, 1),
+        weights=("trained", "random"),
+        prompts=("", "a photo of a {}"),
+        labels=("label", {"name": "kind", "groups": groups}),
+    )
+    Sweep(config, progress=False).run()
+    assert main(["report", str(folder), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    names = {Path(path).stem for path in result["figures"]}
+    kinds = {name.split("-")[0] for name in names}
+    assert kinds == {"map", "curves", "prompts", "models", "granularity"}
+    findings = Path(result["findings"]).read_text()
+    best = json.loads((folder / "sweep.json").read_text())["best"][0]
+    assert f"{best['layer']} at t = {best['timestep']}" in findings
+    assert f"{100 * best['accuracy']:.1f}" in findings
+    assert "exceeds the noise" in findings
+    assert re.search(r"\| pixels \| [\d.]+ \| [+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\] \| (yes|no) \|", findings)
+    page = Path(result["page"]).read_text()
+    for path in result["figures"]:
+        assert f'src="{Path(path).name}"' in page
+        assert Path(path).stat().st_size > 5000
+    assert main(["report", str(folder), str(tmp_path / "elsewhere")]) == 0
+    assert (tmp_path / "elsewhere" / "findings.md").read_text() == findings
+
+
+def test_a_report_of_nothing_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 1
+    assert "SAE STORE DATASET OUTPUT.html; or the folder of a finished sweep" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_error_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['matplotlib.figure'] = None\n"
+        "from diffusion_sae.report.sweep_figures import heat_map\n"
+        "try: heat_map([{'layer': 'a', 'timestep': 1, 'validation_accuracy': 1.0, 'test_accuracy': 1.0}])\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'diffusion-sae[plots]'" in done.stdout
