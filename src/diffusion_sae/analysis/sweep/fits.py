@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +137,8 @@ def _train(
 
     train, validation = as_set("train", own), as_set("validation")
     probe_settings, training = probe_options(head)
-    probe = DiffusionProbe(
+    # Any: transformers' `to` is wrapped, and pyright loses its type
+    probe: Any = DiffusionProbe(
         DiffusionProbeConfig(
             d_in=train.d_in,
             head=head.head,
@@ -147,7 +149,7 @@ def _train(
         )
     )
     if config.device is not None:
-        probe.to(torch.device(config.device))
+        probe.to(config.device)
     args = ProbeTrainingArguments(output_dir=str(work), seed=seed, **training)
     result = ProbeTrainer(probe, train, args, validation_features=validation).fit(progress=False)
     measured = "test" if "test" in roles else "validation"
