@@ -234,7 +234,7 @@ def test_prompts_of_a_class(tmp_path: Path) -> None:
         ({"seeds": ()}, "seeds must name at least one"),
         ({"seeds": (1, 1)}, "seeds must not repeat"),
         ({"train_fraction": 0}, "train_fraction must be a number > 0"),
-        ({"labels": ("species",)}, "have no label 'species'"),
+        ({"labels": ("species",)}, "have no labels 'species'"),
         ({"labels": ({"name": "two", "groups": {"a": ["bag"], "b": ["boat"]}},)}, r"unknown \['boat'\], missing"),
         ({"labels": ({"name": "two", "groups": {"a": ["bag"], "b": ["bag"]}},)}, "stands in two groups"),
         ({"labels": ({"name": "one", "groups": {"a": ["bag"]}},)}, "needs at least two groups"),
@@ -262,3 +262,13 @@ def test_every_head_of_the_library_can_be_named(tmp_path: Path) -> None:
     for head in HEADS:
         fits.check_head(HeadSpec.parse({"head": head, "pooling": "mean"}))
     assert len(tasks(config(tmp_path), open_splits(config(tmp_path)))) == 1
+
+
+def test_labels_are_those_of_the_data(tmp_path: Path) -> None:
+    """emoji-mini has coarse and fine classes of the same images; `label` is its default, the coarse ones."""
+    config = SweepConfig(
+        output_dir=str(tmp_path), dataset="emoji-mini", models=("tiny-sd",), labels=("label", "subgroup"), limit=40
+    )
+    coarse, fine = tasks(config, open_splits(config))
+    assert (coarse.num_labels, fine.num_labels) == (8, 70)
+    assert fine.class_names[fine.labels["train"][0]] == "face-smiling"

@@ -45,15 +45,13 @@ def open_splits(config: SweepConfig) -> dict[str, ImageSource]:
 
 def _numbers(source: ImageSource, spec: LabelSpec, role: str) -> tuple[Tensor, list[str]]:
     """Class of each image, and the classes' names; the one place that knows where labels come from."""
+    if spec.groups is None and spec.name != "label":  # `label` is the default label, whatever its name
+        source = source.labelled_by(spec.name)
     if any(label is None for label in source.labels):
         raise ValueError(f"A sweep needs labelled images; of the {role} images not all have a label.")
     own = torch.tensor([label for label in source.labels if label is not None])
     names = source.class_names or [str(i) for i in range(int(own.max()) + 1)]
     if spec.groups is None:
-        if spec.name != "label":
-            raise ValueError(
-                f"These data have no label {spec.name!r}: they have `label`. Give groups of its classes for another."
-            )
         return own, names
     group_of = {name: number for number, members in enumerate(spec.groups.values()) for name in members}
     unknown, missing = [n for n in group_of if n not in names], [n for n in names if n not in group_of]

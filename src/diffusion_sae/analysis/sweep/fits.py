@@ -13,8 +13,11 @@ from torch import Tensor
 from ...features import FeatureSet
 from ...probes.configuration import DiffusionProbeConfig
 from ...probes.modeling import DiffusionProbe
+from ...probes.results import ProbeMetrics
+from ...probes.run import measure
 from ...probes.subsets import fit_subsets
-from ...probes.trainer import ProbeMetrics, ProbeTrainer, measure
+from ...probes.tasks import SingleLabel
+from ...probes.trainer import ProbeTrainer
 from ...probes.training_args import ProbeTrainingArguments
 from ...provenance import Provenance
 from .cells import SeedResult, pack
@@ -75,7 +78,7 @@ def fit_cell(
     """
     roles = {role: features[task.split_of[role]][rows] for role, rows in task.rows.items()}
     probe, training = probe_options(head)
-    if head.head == "linear" and training.get("optimizer", "auto") in ("auto", "lbfgs") and not probe:
+    if head.head == "linear" and not probe and set(training) <= {"l2_path"}:
         return _fit_linear(roles, task, training, config)
     results = [_train(roles, task, head, seed, config, provenance, work / str(seed)) for seed in config.seeds]
     shutil.rmtree(work, ignore_errors=True)
@@ -91,7 +94,7 @@ def _result(
         seed=seed,
         validation_accuracy=validation.accuracy,
         validation_loss=validation.loss,
-        test_accuracy=measure(logits["test"], task.labels["test"]).accuracy if role == "test" else None,
+        test_accuracy=measure(SingleLabel(), logits["test"], task.labels["test"]).accuracy if role == "test" else None,
         l2=chosen.get("l2"),
         epoch=None if chosen.get("epoch") is None else int(chosen["epoch"]),
         seconds=round(seconds, 3),

@@ -12,7 +12,7 @@ import torch
 from ...extraction.extractor import DiffusionFeatureExtractor
 from ...extraction.sources import open_images
 from ...provenance import DTYPES
-from ...zoo import IMAGES, embedded_models
+from ...zoo import embedded_datasets, embedded_models
 from .config import SweepConfig
 from .published import published_model
 from .sources import Source, cells_of, sources_of
@@ -107,7 +107,7 @@ def _image_counts(config: SweepConfig) -> tuple[dict[str, int | None], list[str]
     """Images a role, the classes' names if they are known, and where it is known from."""
     roles = list(config.splits)
     limit = config.limit
-    if config.dataset == IMAGES or Path(config.dataset).exists():
+    if config.dataset in embedded_datasets() or Path(config.dataset).exists():
         sources = {role: open_images(config.dataset, split).first(limit) for role, split in config.splits.items()}
         counts: dict[str, int | None] = {role: len(source) for role, source in sources.items()}
         return counts, sources["train"].class_names or [], "the data"
