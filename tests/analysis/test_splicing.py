@@ -84,7 +84,7 @@ def losses_with_hook(extractor, images, module, hook):
 
 
 def test_zeros_are_those_of_a_hand_made_hook(images):
-    """A U-Net's middle block returns a tensor, SD3's block text and image, Flux's single block too, in one sequence."""
+    """A U-Net's middle block and DiT's return a tensor, SD3's block text and image."""
     hooks = {
         ("Stable Diffusion 1.x", "bottleneck"): lambda module, args, output: torch.zeros_like(output),
         ("DiT", "block1"): lambda module, args, output: torch.zeros_like(output),

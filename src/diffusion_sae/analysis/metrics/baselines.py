@@ -20,7 +20,7 @@ from .interpretability import (
     purity,
 )
 
-_BLOCK = 2**24  # activations at a time: 64 MB
+_BLOCK = 2**22  # activations at a time: 16 MB, and six times that for their order
 RANDOM_DIRECTIONS = 1024
 
 
