@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...features import FeatureSet
-from ...probes.configuration import DiffusionProbeConfig
+from ...probes.configuration import HEADS, DiffusionProbeConfig
 from ...probes.modeling import DiffusionProbe
 from ...probes.results import ProbeMetrics
 from ...probes.run import measure
@@ -25,6 +25,7 @@ from .config import SweepConfig
 from .data import Task, subset_of
 from .specs import HeadSpec
 
+NOT_OF_A_CELL = {"fusion": "for several layers or timesteps", "sae": "for the latents of one SAE"}
 SET_BY_SWEEP = {"output_dir", "seed", "init_seed", "report_to", "d_in", "validation_fraction"}
 
 
@@ -53,6 +54,11 @@ def probe_options(head: HeadSpec) -> tuple[dict, dict]:
 
 def check_head(head: HeadSpec) -> None:
     """Find out before the long work what a probe would refuse after it."""
+    if head.head in NOT_OF_A_CELL:
+        raise ValueError(
+            f"The head {head.name!r} of the sweep is {NOT_OF_A_CELL[head.head]}, and a cell of a sweep is one layer at "
+            f"one timestep. Train it with ProbeTrainer, or choose another of {', '.join(HEADS)}."
+        )
     probe, training = probe_options(head)
     DiffusionProbeConfig(d_in=1, id2label={0: "a", 1: "b"}, head=head.head, **probe)
     ProbeTrainingArguments(output_dir="unused", **training)
