@@ -209,6 +209,16 @@ class TestSplicingLosses:
         assert result["recovered_from_zero"] > 0.8
         assert result["recovered_from_mean"] > 0.5
 
+    def test_the_embedded_dit_needs_its_block(self):
+        """Trained to say ε, of which a prediction of 0 is wrong by 1."""
+        extractor = DiffusionFeatureExtractor.from_pretrained(
+            "tiny-dit", layers=["block1"], timesteps=[400], device="cpu"
+        )
+        splicing = Splicing(extractor, open_images("fashion-mnist-mini", "test").first(8))
+        found = splicing.losses({"same": lambda rows, _: rows, "zero": lambda rows, _: torch.zeros_like(rows)})[400]
+        assert torch.equal(found["same"], found["original"])
+        assert found["original"].mean() < 0.2 < 0.8 < found["zero"].mean()
+
     def test_any_batch_size_gives_the_same(self, images):
         extractor = extractor_of("Stable Diffusion 1.x", "up_ft1")
         sae = KSparseAutoencoder(KSparseAutoencoderConfig(d_in=16, num_latents=64, k=4)).train()
