@@ -19,9 +19,9 @@ from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, SAETrain
 from diffusion_sae._training import CHECKPOINT, TrainingDivergedError
 from diffusion_sae.features import FeatureSet, ShuffledBatches
 from diffusion_sae.provenance import Provenance, ProvenanceMismatchError
+from diffusion_sae.sae.checkpoints import BEST
 from diffusion_sae.sae.evaluation import evaluate_sae
 from diffusion_sae.sae.results import SAETrainingResult
-from diffusion_sae.sae.trainer import BEST
 
 D_IN, NUM_LATENTS, K = 16, 64, 4
 

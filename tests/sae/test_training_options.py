@@ -14,12 +14,13 @@ from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, SAETrain
 from diffusion_sae._training import TrainingDivergedError
 from diffusion_sae.features import FeatureSet, ShuffledBatches
 from diffusion_sae.provenance import Provenance
+from diffusion_sae.sae.checkpoints import BEST
 from diffusion_sae.sae.configuration import ACTIVATIONS
 from diffusion_sae.sae.evaluation import evaluate_sae
 from diffusion_sae.sae.preparation import fold_input_scale_, geometric_median, input_scale
 from diffusion_sae.sae.resampling import resample_
 from diffusion_sae.sae.results import SAECallback
-from diffusion_sae.sae.trainer import BEST, train_together
+from diffusion_sae.sae.trainer import train_together
 
 D_IN, NUM_LATENTS, K = 16, 64, 4
 
