@@ -114,6 +114,17 @@ def test_extract_train_probe_report(store: Path, tmp_path: Path, capsys: pytest.
     assert main(["probe", str(store), "--test-store", str(store), "--output-dir", probe, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["test_accuracy"] > 0.5  # it has seen these rows
     assert json.loads((tmp_path / "probe/metrics.json").read_text())["test"]["rows"] == 60
+    heads = {
+        "sae": ["--head", "sae", "--sae", sae, "--l1-path", "0.1"],
+        "fusion": ["--head", "fusion", "--width", "8", "--num-train-epochs", "2"],
+        "knn": ["--head", "knn", "--neighbors-path", "1", "3"],
+    }
+    for head, given in heads.items():
+        assert main(["probe", str(store), "--output-dir", str(tmp_path / f"{head}-probe"), *given, "--json"]) == 0
+        assert 0 <= json.loads(capsys.readouterr().out)["validation_accuracy"] <= 1
+        assert json.loads((tmp_path / f"{head}-probe/config.json").read_text())["head"] == head
+    assert main(["probe", str(store), "--output-dir", str(tmp_path / "none"), "--head", "sae"]) == 1
+    assert "--sae belongs to --head sae, which needs it" in capsys.readouterr().err
     assert main(["report", sae, str(store), "fashion-mnist-mini", page]) == 0
     assert "FVU" in capsys.readouterr().out
     assert "up_ft1" in Path(page).read_text()

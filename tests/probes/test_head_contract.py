@@ -272,3 +272,53 @@ class TestContract:
         probe.provenance = dataclasses.replace(features.provenance, prompt="a photo")
         with pytest.raises(ValueError, match="differ in prompt"):
             train(probe, features, tmp_path)
+
+
+class TestContributions:
+    def test_the_pipeline_says_which_latents_decided(
+        self, trained: Any, extractors: Any, images: list[Image.Image], tmp_path: Path
+    ) -> None:
+        _, probe, folder, _ = trained("sae-tokens")
+        tokens = extractors["tokens"].only(LAYER, 25)(images[:1])[LAYER, 25]
+        with torch.no_grad():
+            expected, acts = probe.contributions(tokens)[0], probe(features=tokens).latent_acts[0]
+        best = int(expected[0].abs().argmax())
+        assert expected[0, best] != 0
+        loaded = DiffusionProbe.from_pretrained(folder)
+        loaded.config.latent_names = {str(best): "stripes"}
+        loaded.save_pretrained(tmp_path)
+        classify = pipeline("diffusion-probe", model=str(tmp_path))
+        answer = {entry["label"]: entry for entry in classify(images[0])}["bag"]
+        first_one = answer["contributions"][0]
+        assert (first_one["latent"], first_one["name"]) == (best, "stripes")
+        assert first_one["contribution"] == pytest.approx(expected[0, best].item(), rel=1e-4)
+        assert first_one["activation"] == pytest.approx(acts[best].item(), rel=1e-4)
+        whole = classify(images[:2], contributions=150, batch_size=2)[0]
+        of_bag = {entry["label"]: entry for entry in whole}["bag"]["contributions"]
+        total = sum(entry["contribution"] for entry in of_bag) + probe.head.classifier.bias[0].item()
+        with torch.no_grad():
+            assert total == pytest.approx(probe(features=tokens).logits[0, 0].item(), rel=1e-4, abs=1e-5)
+        sizes = [abs(entry["contribution"]) for entry in of_bag]
+        assert sizes == sorted(sizes, reverse=True)
+        assert all("contributions" not in entry for entry in classify(images[0], contributions=0))
+
+    def test_other_heads_have_none(self, trained: Any, images: list[Image.Image]) -> None:
+        classify = pipeline("diffusion-probe", model=str(trained("mlp")[2]))
+        assert all(set(entry) == {"label", "score"} for entry in classify(images[0]))
+        with pytest.raises(ValueError, match="contributions are those of latents, which only an sae probe has"):
+            classify(images[0], contributions=3)
+
+
+def test_scores_of_several_labels_and_of_regression(
+    stores: dict[str, FeatureStore], images: list[Image.Image], tmp_path: Path
+) -> None:
+    for problem_type in ("multi_label_classification", "regression"):
+        features = features_of("linear", stores).with_labels(labels_of(problem_type, 12))
+        probe = make_probe("linear", features, problem_type=problem_type)
+        train(probe, features, tmp_path / problem_type, validation=features)
+        answer = pipeline("diffusion-probe", model=str(tmp_path / problem_type))(images[0])
+        with torch.no_grad():
+            (logits,) = probe(pixel_values=probe.extractor.preprocess(images[0])).logits
+        scores = logits.sigmoid() if problem_type == "multi_label_classification" else logits
+        expected = dict(zip(NAMES, scores.tolist(), strict=True))
+        assert {entry["label"]: entry["score"] for entry in answer} == pytest.approx(expected, abs=1e-5)

@@ -244,7 +244,7 @@ class TestSeveralInOnePass:
         pair = [
             SAETrainer(make_sae(), superposition(400), make_args(tmp_path / str(seed), seed=seed)) for seed in (0, 1)
         ]
-        with pytest.raises(ValueError, match=r"same features, batch_size, seed .*got 2 different orders"):
+        with pytest.raises(ValueError, match=r"same features, batch_size, seed, .*got 2 different orders"):
             train_together(pair, progress=False)
         with pytest.raises(ValueError, match=r"output_dir each \(got 1\)"):
             train_together([pair[0], pair[0]], progress=False)

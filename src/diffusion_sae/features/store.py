@@ -164,14 +164,20 @@ class FeatureStore:
             timesteps=provenance.timesteps,
         )
 
-    def aligned(self, layers: Sequence[str] | None = None, timesteps: Sequence[int] | None = None) -> AlignedFeatures:
+    def aligned(
+        self,
+        layers: Sequence[str] | None = None,
+        timesteps: Sequence[int] | None = None,
+        *,
+        labels: str | None = None,
+    ) -> AlignedFeatures:
         """Features of several layers and timesteps side by side, for a fusion probe; default all of the store.
 
         Raises:
-            ValueError: for a layer or timestep that the store does not have.
+            ValueError: for a layer, timestep or labels that the store does not have.
         """
-        layers, timesteps = layers or self.layers, timesteps or self.timesteps
-        return AlignedFeatures({(layer, t): self.select(layer, t) for layer in layers for t in timesteps})
+        keys = [(layer, t) for layer in layers or self.layers for t in timesteps or self.timesteps]
+        return AlignedFeatures({key: self.select(*key, labels=labels) for key in keys})
 
     def _blocks(self, layer: str, timestep: int) -> list[MappedRows]:
         positions = self._rows_per_image(layer, timestep)

@@ -21,9 +21,11 @@ LEARNING_RATE_OF_WIDTH_1 = 0.024  # 3e-3 at d_in 64, 6.7e-4 at 1280
 
 @dataclass(frozen=True, kw_only=True)
 class SAETrainingArguments(JsonConfig):
-    """How an SAE is trained. The learning rate, its fall at the end and the boost of dead latents were chosen on features
-    with a known dictionary (`benchmarks/sae_recovery.py`, `docs/results/sae-recovery.json`). The other defaults are
-    Revelio's where it states one; `revelio()` is the paper's training.
+    """How an SAE is trained.
+
+    The learning rate, its fall at the end and the boost of dead latents were chosen on features with a known dictionary
+    (`benchmarks/sae_recovery.py`, `docs/results/sae-recovery.json`). The other defaults are Revelio's where it states
+    one; `revelio()` is the paper's training.
     """
 
     output_dir: str

@@ -68,7 +68,7 @@ class Head(nn.Module):
         """The modules that hold the moments of the training features, by the name of the input that they are of."""
         return {}
 
-    def learn_moments(self, batches: "Batches") -> None:
+    def learn_moments(self, batches: "Batches | list[Features]") -> None:
         """Take μ and σ from the training features, where the head normalises by them."""
         modules = self.normalised_modules()
         kind = "standardize" if self.name == "linear" else self.config.feature_norm
