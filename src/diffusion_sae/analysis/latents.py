@@ -22,6 +22,8 @@ class LatentStatistics:
     top_acts: Float[Tensor, "num_latents n"]
     density: Float[Tensor, " num_latents"]
     """Share of images in which the latent is active."""
+    mean_acts: Float[Tensor, " num_latents"]
+    """Mean over the images in which it is active; 0 if it is active in none."""
     num_images: int
 
     @property
@@ -38,9 +40,13 @@ def image_activations(
     sae: KSparseAutoencoder, features: FeatureSet, images_per_batch: int = 256
 ) -> Iterator[Float[Tensor, "b num_latents"]]:
     """The largest activation of each latent in each image, a batch of images at a time."""
+    timesteps = None
+    if sae.config.timesteps is not None:  # of an image's rows, which are timestep by timestep
+        timesteps = torch.tensor(features.of_timesteps).repeat_interleave(features.positions_per_image)
     for rows in features.image_batches(images_per_batch):
         images = len(rows)
-        code = sae.encode(rows.flatten(0, 1).to(sae.W_dec.device))  # (images · T, k)
+        of_rows = None if timesteps is None else timesteps.repeat(images)
+        code = sae.encode(rows.flatten(0, 1).to(sae.W_dec.device), of_rows)  # (images · T, k)
         acts = torch.zeros(images, sae.config.num_latents, device=code.top_acts.device)
         # (images · T, k) -> (images, T · k): each image's rows beside one another
         by_image = SparseCode(code.top_acts.reshape(images, -1), code.top_indices.reshape(images, -1))
@@ -65,21 +71,23 @@ def unit_statistics(activations: Iterable[Float[Tensor, "b units"]], n: int = 16
 
     Holds n images and one batch a unit. A unit is active where its activation is above 0.
     """
-    top_acts = top_images = active = None
+    top_acts = top_images = active = total = None
     first = 0
     for acts in activations:
-        if top_acts is None or top_images is None or active is None:
+        if top_acts is None or top_images is None or active is None or total is None:
             top_acts, active = acts.new_zeros(n, acts.shape[1]), acts.new_zeros(acts.shape[1])
+            total = torch.zeros(acts.shape[1], dtype=torch.float64)
             top_images = torch.zeros(n, acts.shape[1], dtype=torch.long)
         numbers = torch.arange(first, first + len(acts))[:, None].expand(-1, acts.shape[1])
         candidates, images = torch.cat([top_acts, acts]), torch.cat([top_images, numbers])
         top_acts, chosen = candidates.topk(n, dim=0)
         top_images = images.gather(0, chosen)
         active += (acts > 0).sum(0)
+        total += acts.clamp_min(0).double().sum(0)
         first += len(acts)
-    if top_acts is None or top_images is None or active is None:
+    if top_acts is None or top_images is None or active is None or total is None:
         raise ValueError("There are no activations: the features have no images.")
-    return LatentStatistics(top_images.T, top_acts.T, active / first, first)
+    return LatentStatistics(top_images.T, top_acts.T, active / first, (total / active.clamp_min(1)).float(), first)
 
 
 @dataclass(frozen=True)

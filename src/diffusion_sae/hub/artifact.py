@@ -1,6 +1,7 @@
 """What SAEs and probes share: a config that refuses what it does not know, and a model that loads strictly."""
 
 import dataclasses
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ METRICS_NAME = "metrics.json"
 # what one save may write and the next not: shards, and the records of a trained artifact
 _OPTIONAL_FILES = (
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
-    *(METRICS_NAME, EXTRACTOR_CONFIG_NAME, "preprocessor_config.json"),
+    *(METRICS_NAME, EXTRACTOR_CONFIG_NAME, "preprocessor_config.json", "latents.parquet", "latents.png"),
 )
 # what transformers itself writes into or passes to a config, beside the dataclass fields
 _TRANSFORMERS_KEYS = frozenset(
@@ -116,6 +117,7 @@ class ArtifactModel(PreTrainedModel):
         model.provenance = None if provenance is None else Provenance.load(provenance)
         metrics = _find_file(source, METRICS_NAME, kwargs)
         model.metrics = {} if metrics is None else read_json(metrics)
+        model._read_records(lambda name: _find_file(source, name, kwargs))
         own = ("token", "cache_dir", "local_files_only")
         model.hub_arguments = {key: kwargs[key] for key in own if kwargs.get(key) is not None}
         return (model, info) if wants_info else model
@@ -138,7 +140,14 @@ class ArtifactModel(PreTrainedModel):
             self.provenance.save(folder)
         if self.metrics:
             write_json(folder / METRICS_NAME, self.metrics)
+        self._write_records(folder)
         write_artifact_card(folder, self, repo_id)
+
+    def _write_records(self, folder: Path) -> None:
+        """What an artifact of this kind has beside its weights and what all have."""
+
+    def _read_records(self, find: Callable[[str], str | None]) -> None:
+        """Take up what `_write_records` wrote. `find` gives the path of a file by its name, None if there is none."""
 
     def origin(self) -> str:
         """Which activations it was trained on, in words for the card; empty if that is not recorded."""

@@ -19,6 +19,7 @@ from .card import card_text
 from .code import KSparseAutoencoderOutput, SparseCode
 from .configuration import DENSE, TOP_K, KSparseAutoencoderConfig
 from .initialisation import initial_weights
+from .latent_table import DescribedLatents
 from .losses import auxk_loss, l0_penalty, l1_penalty, normalized_mse, total_variance
 from .rows import Rows, Timesteps, checked_features, timestep_index
 from .sparse import Choose, DecodeRows, Encode, NormalizedMSE, SparseGradients, encode_above, encode_top_k
@@ -26,7 +27,7 @@ from .sparse import Choose, DecodeRows, Encode, NormalizedMSE, SparseGradients, 
 INITIAL_THRESHOLD = 0.001  # of a JumpReLU (Rajamanoharan et al. 2024, §5), for rows of about unit length
 
 
-class KSparseAutoencoder(ArtifactModel):
+class KSparseAutoencoder(DescribedLatents, ArtifactModel):
     """A k-sparse autoencoder (Makhzani & Frey 2013; Gao et al. 2024, §2.3; Revelio, §3.2):
 
         z = act(W_encᵀ (x − b_dec) + b_enc),    x̂ = W_decᵀ z + b_dec

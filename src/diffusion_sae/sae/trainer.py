@@ -243,6 +243,7 @@ class SAETrainer:
         metrics = self.evaluate()
         require_finite_loss(metrics.fvu, self.step_number, self.output_dir, _ADVICE)
         sae.provenance = self.source.provenance
+        sae.latents = sae.latent_sheet = None  # of other weights
         rows = len(self.source)
         sae.metrics = {
             "held_out" if self.held_out else "on_training_rows": dataclasses.asdict(metrics),
