@@ -29,7 +29,8 @@ from diffusion_sae.analysis.probing import pixel_features
 from diffusion_sae.analysis.readout import Dictionary, mean_features, probe_splits, read_out, with_shuffled_labels
 from diffusion_sae.extraction.sources import open_images
 from diffusion_sae.features import FeatureSet
-from diffusion_sae.report.figures import sae_study_figure, save_figure
+from diffusion_sae.report.figures.study import sae_study_figure
+from diffusion_sae.report.figures.style import save_figure
 from diffusion_sae.sae.trainer import SAETrainer, train_together
 from diffusion_sae.sae.training_args import SAETrainingArguments
 from diffusion_sae.zoo import IMAGES

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffusion_sae.report.figures import SAE_STUDY, sae_study_figure, save_figure
+from diffusion_sae.report.figures.study import SAE_STUDY, sae_study_figure
+from diffusion_sae.report.figures.style import save_figure
 
 
 def line(method: str, k: int, expansion: int | None, fvu: float, backbone: str = "trained", **more: Any) -> dict:

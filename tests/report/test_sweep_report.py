@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffusion_sae import Sweep, SweepConfig
 from diffusion_sae.cli.main import main
-from diffusion_sae.report import sweep_figures as draw
+from diffusion_sae.report.figures import sweeps as draw
 
 Row = dict[str, Any]
 LAYERS, TIMESTEPS = ("down_ft0", "bottleneck", "transformer_blocks.5.ff.net.0.proj"), (10, 100, 500)
@@ -158,7 +158,7 @@ def test_a_report_of_nothing_says_what_it_needs(tmp_path: Path, capsys: pytest.C
 def test_without_matplotlib_the_error_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['matplotlib.figure'] = None\n"
-        "from diffusion_sae.report.sweep_figures import heat_map\n"
+        "from diffusion_sae.report.figures.sweeps import heat_map\n"
         "try: heat_map([{'layer': 'a', 'timestep': 1, 'validation_accuracy': 1.0, 'test_accuracy': 1.0}])\n"
         "except ImportError as error: print(error)"
     )

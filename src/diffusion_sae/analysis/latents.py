@@ -1,6 +1,7 @@
 """SAE latents and the images that activate them most, with the purity of those images' labels."""
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +112,24 @@ def label_purity(statistics: LatentStatistics, labels: Int[Tensor, " images"]) -
     """Purity of the top images' labels, for each latent that n images activate."""
     latents = statistics.measurable
     return LabelPurity(latents, *purity(labels[statistics.top_images[latents]]))
+
+
+def purest_latents(statistics: LatentStatistics, purity: LabelPurity, count: int) -> list[int]:
+    """Places in `purity.latents` of the purest latents, of equally pure ones the strongest, in turns over the labels:
+    one frequent label does not take all places.
+    """
+    acts = statistics.max_acts[purity.latents].tolist()
+    best = sorted(range(len(acts)), key=lambda i: (-purity.purity[i].item(), -acts[i]))
+    return _spread_over_labels(best, purity.label.tolist(), count)
+
+
+def _spread_over_labels(order: Sequence[int], labels: Sequence[int], count: int) -> list[int]:
+    """The first `count` entries in turns over the labels."""
+    by_label: dict[int, list[int]] = defaultdict(list)
+    for entry in order:
+        by_label[labels[entry]].append(entry)
+    turns = max(map(len, by_label.values()), default=0)
+    return [entries[turn] for turn in range(turns) for entries in by_label.values() if turn < len(entries)][:count]
 
 
 def shuffled_labels(labels: Int[Tensor, " images"], seed: int = 0) -> Int[Tensor, " images"]:

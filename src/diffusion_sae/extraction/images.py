@@ -94,6 +94,12 @@ def preprocess(
     return torch.from_numpy(pixels)
 
 
+def to_pictures(pixel_values: Float[Tensor, "B 3 H W"]) -> list[Image.Image]:
+    """Preprocessed images as 8-bit pictures, to look at or to give to another model."""
+    pixels = ((pixel_values.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(np.asarray(image.permute(1, 2, 0))) for image in pixels]  # (3, H, W) -> (H, W, 3)
+
+
 def image_id(pixel_values: Float[Tensor, "3 H W"]) -> str:
     """Name of an image by its content: SHA-256 of the preprocessed 8-bit pixels.
 

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from ..provenance import ExtractorConfig
+from .images import to_pictures
 
 
 class PromptSource:
@@ -78,9 +77,7 @@ class PromptSource:
     def _scores(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B choices"]:
         """Cosine similarities; CLIP sees the image as the diffusion model does, after crop and resize."""
         model, processor, choices = self._clip
-        pixels = ((pixel_values.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        images = [Image.fromarray(np.asarray(image.permute(1, 2, 0))) for image in pixels]  # (3, H, W) -> (H, W, 3)
-        inputs = processor(images, return_tensors="pt").to(self.device)
+        inputs = processor(to_pictures(pixel_values), return_tensors="pt").to(self.device)
         return _embedding(model.get_image_features(**inputs)) @ choices.T
 
 

@@ -1,14 +1,13 @@
 """From results to what the page shows."""
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..analysis.latents import LatentStatistics, label_purity, latent_statistics, shuffled_labels
+from ..analysis.latents import LatentStatistics, label_purity, latent_statistics, purest_latents, shuffled_labels
 from ..extraction.sources import ImageSource
 from ..features import FeatureSet
 from ..probes.modeling import DiffusionProbe
@@ -33,15 +32,6 @@ class LatentFindings:
     num_latents: int
 
 
-def _spread_over_labels(order: Sequence[int], labels: Sequence[int], count: int) -> list[int]:
-    """The first `count` entries in turns over the labels, so that one frequent label does not fill the page."""
-    by_label: dict[int, list[int]] = defaultdict(list)
-    for entry in order:
-        by_label[labels[entry]].append(entry)
-    turns = max(map(len, by_label.values()), default=0)
-    return [entries[turn] for turn in range(turns) for entries in by_label.values() if turn < len(entries)][:count]
-
-
 def find_latents(
     sae: KSparseAutoencoder, features: FeatureSet, source: ImageSource, panels: int = 24
 ) -> LatentFindings:
@@ -63,11 +53,7 @@ def find_latents(
     labels = features.image_labels
     purity = label_purity(statistics, labels)
     shuffled = label_purity(statistics, shuffled_labels(labels))
-    rank = sorted(
-        range(len(purity.latents)),
-        key=lambda i: (-purity.purity[i].item(), -statistics.max_acts[purity.latents[i]].item()),
-    )
-    chosen = _spread_over_labels(rank, purity.label.tolist(), panels)
+    chosen = purest_latents(statistics, purity, panels)
     names = features.class_names or [str(i) for i in range(int(labels.max()) + 1)]
     return LatentFindings(
         panels=[

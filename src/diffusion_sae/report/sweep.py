@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._files import write_atomically
 from ..analysis.sweep.results import SweepResults
-from . import sweep_figures as draw
+from .figures import sweeps as draw
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

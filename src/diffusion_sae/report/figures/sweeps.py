@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .._optional import missing
+from ..._optional import missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

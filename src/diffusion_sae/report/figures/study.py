@@ -1,18 +1,15 @@
-"""Figures of committed results, drawn from their JSON alone. matplotlib is imported when one is drawn."""
+"""The figure of the study of k and expansion, drawn from its committed results alone."""
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._files import write_atomically
-from .._optional import missing
+from .style import SMALL, new_figure, percent, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT, DPI = 9.0, 6.6, 200  # inches: text of 9 points is 12 pixels high where the figure is 900 pixels wide
-SMALL = 8.5
+HEIGHT = 6.6
 
 
 class Series(NamedTuple):
@@ -41,6 +38,7 @@ FLOOR = 1e-3  # the least FVU that is shown
 TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
+@styled
 def sae_study_figure(result: Mapping[str, Any]) -> "Figure":
     """FVU, dead latents and probe accuracy (columns) against k and against the expansion (rows).
 
@@ -50,12 +48,8 @@ def sae_study_figure(result: Mapping[str, Any]) -> "Figure":
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing("matplotlib", "plots", "A figure") from error
     settings = result["settings"]
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
+    figure = new_figure(HEIGHT, layout=None)
     axes = figure.subplots(2, 3, gridspec_kw={"hspace": 0.32, "wspace": 0.34})
     figure.subplots_adjust(left=0.07, right=0.985, top=0.95, bottom=0.185)
     handles: dict[str, Any] = {}
@@ -135,8 +129,8 @@ def _label_row(axes: Sequence["Axes"], row: int, ticks: Sequence[int], settings:
         axis.spines[["top", "right"]].set_visible(False)
     _logarithmic(axes[0])
     axes[1].set_ylim(-0.03, 1.03)
-    axes[1].yaxis.set_major_formatter(_percent())
-    axes[2].yaxis.set_major_formatter(_percent())
+    axes[1].yaxis.set_major_formatter(percent)
+    axes[2].yaxis.set_major_formatter(percent)
     if row == 0 and min(ticks) < settings["d_in"] < max(ticks):
         axes[0].axvline(settings["d_in"], color="#888888", linewidth=0.9, linestyle=":", zorder=1)
         axes[0].annotate(
@@ -152,12 +146,3 @@ def _logarithmic(axis: "Axes") -> None:
     shown = [tick for tick in TICKS if axis.get_ylim()[0] <= tick <= high]
     axis.set_yticks(shown, [f"{tick:g}" for tick in shown])
     axis.minorticks_off()
-
-
-def _percent() -> Callable[[float, float], str]:
-    return lambda value, _: f"{100 * value:.0f} %"
-
-
-def save_figure(figure: "Figure", path: str | Path) -> None:
-    """As a PNG file without the time of day: the same figure is the same file."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}))
