@@ -274,39 +274,137 @@ class TestContract:
             train(probe, features, tmp_path)
 
 
-class TestContributions:
-    def test_the_pipeline_says_which_latents_decided(
-        self, trained: Any, extractors: Any, images: list[Image.Image], tmp_path: Path
-    ) -> None:
-        _, probe, folder, _ = trained("sae-tokens")
-        tokens = extractors["tokens"].only(LAYER, 25)(images[:1])[LAYER, 25]
-        with torch.no_grad():
-            expected, acts = probe.contributions(tokens)[0], probe(features=tokens).latent_acts[0]
-        best = int(expected[0].abs().argmax())
-        assert expected[0, best] != 0
-        loaded = DiffusionProbe.from_pretrained(folder)
-        loaded.config.latent_names = {str(best): "stripes"}
-        loaded.save_pretrained(tmp_path)
-        classify = pipeline("diffusion-probe", model=str(tmp_path))
-        answer = {entry["label"]: entry for entry in classify(images[0])}["bag"]
-        first_one = answer["contributions"][0]
-        assert (first_one["latent"], first_one["name"]) == (best, "stripes")
-        assert first_one["contribution"] == pytest.approx(expected[0, best].item(), rel=1e-4)
-        assert first_one["activation"] == pytest.approx(acts[best].item(), rel=1e-4)
-        whole = classify(images[:2], contributions=150, batch_size=2)[0]
-        of_bag = {entry["label"]: entry for entry in whole}["bag"]["contributions"]
-        total = sum(entry["contribution"] for entry in of_bag) + probe.head.classifier.bias[0].item()
-        with torch.no_grad():
-            assert total == pytest.approx(probe(features=tokens).logits[0, 0].item(), rel=1e-4, abs=1e-5)
-        sizes = [abs(entry["contribution"]) for entry in of_bag]
-        assert sizes == sorted(sizes, reverse=True)
-        assert all("contributions" not in entry for entry in classify(images[0], contributions=0))
+EXPLAINED = [case for case in CASES if HEAD_CLASSES[head_of(case)].explains]
 
-    def test_other_heads_have_none(self, trained: Any, images: list[Image.Image]) -> None:
-        classify = pipeline("diffusion-probe", model=str(trained("mlp")[2]))
-        assert all(set(entry) == {"label", "score"} for entry in classify(images[0]))
-        with pytest.raises(ValueError, match="contributions are those of latents, which only an sae probe has"):
-            classify(images[0], contributions=3)
+
+class TestExplain:
+    @pytest.fixture(params=EXPLAINED)
+    def case(self, request: pytest.FixtureRequest) -> str:
+        return request.param
+
+    def test_heat_maps_and_rest_are_the_logits(self, case: str, trained: Any) -> None:
+        features, probe, _, _ = trained(case)
+        given = first(features, 5)
+        probe.train()
+        output = probe.explain(given)
+        assert probe.training, "explain leaves the mode as it was"
+        probe.eval()
+        with torch.no_grad():
+            logits = probe(features=given).logits
+        torch.testing.assert_close(output.logits, logits)
+        if given.ndim == 2:
+            assert output.heat_maps is None
+            torch.testing.assert_close(probe.contributions(given).sum(2) + output.rest, logits)
+            return
+        assert output.heat_maps.shape[:2] == (5, 3)
+        assert output.heat_maps.ndim == 4
+        torch.testing.assert_close(output.heat_maps.sum((2, 3)) + output.rest, logits, atol=1e-5, rtol=1e-4)
+        if output.heat_maps[0, 0].numel() > 1:  # diff-c has shrunk 4 × 4 positions to one
+            assert output.heat_maps.flatten(2).std(2).gt(0).any(), "positions differ"
+
+    def test_what_the_pipeline_answers(
+        self, case: str, trained: Any, extractors: Any, images: list[Image.Image]
+    ) -> None:
+        _, probe, folder, _ = trained(case)
+        given = next(iter(extractors[CASES[case]["pooling"]].only(LAYER, 25)(images[:3]).values()))
+        expected = probe.explain(given)
+        classify = pipeline("diffusion-probe", model=str(folder))
+        plain = classify(images[:3])
+        for batch_size in (1, 3):
+            for i, answer in enumerate(classify(images[:3], explain=True, batch_size=batch_size)):
+                assert [entry["label"] for entry in answer] == [entry["label"] for entry in plain[i]]
+                for entry in answer:
+                    number = NAMES.index(entry["label"])
+                    assert entry["logit"] == pytest.approx(expected.logits[i, number].item(), abs=1e-5, rel=1e-4)
+                    assert entry["rest"] == pytest.approx(expected.rest[i, number].item(), abs=1e-5, rel=1e-4)
+                    if expected.heat_maps is None:
+                        assert "heat_map" not in entry
+                    else:
+                        torch.testing.assert_close(
+                            entry["heat_map"], expected.heat_maps[i, number], atol=1e-5, rtol=1e-4
+                        )
+                    assert ("contributions" in entry) == (head_of(case) == "sae")
+        assert all(set(entry) == {"label", "score"} for entry in plain[0])
+
+
+def test_the_mean_of_latents_over_positions_is_explained_too(stores: dict[str, FeatureStore]) -> None:
+    features = features_of("sae-tokens", stores)
+    probe = make_probe("sae-tokens", features, latent_pooling="mean")
+    torch.nn.init.normal_(probe.head.classifier.weight, generator=torch.Generator().manual_seed(0))
+    output = probe.explain(first(features, 4))
+    torch.testing.assert_close(output.heat_maps.sum((2, 3)) + output.rest, output.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_heat_map_shows_the_position_that_decided(labelled: Any) -> None:
+    """Only one position of an image has features that are not those of the mean image."""
+    for head in ("attention", "sae", "diff-c"):
+        position = 5
+        tokens = torch.zeros(1, 16, 6)
+        tokens[0, position] = 4.0
+        if head == "sae":
+            sae = KSparseAutoencoder(KSparseAutoencoderConfig(d_in=6, num_latents=12, k=2))
+            probe = DiffusionProbe.from_sae(sae, num_labels=2)
+        else:
+            config = DiffusionProbeConfig(d_in=6, head=head, width=8, num_attention_heads=2, num_labels=2)
+            probe = DiffusionProbe(config)
+        torch.nn.init.normal_(probe.head.classifier.weight, generator=torch.Generator().manual_seed(0))
+        maps = probe.explain(tokens).heat_maps[0]
+        if head == "diff-c":
+            assert maps.shape == (2, 1, 1)  # 4 × 4 positions, halved three times and rounded up
+            continue
+        others = maps.flatten(1)[:, [i for i in range(16) if i != position]]
+        spread = (others - others.mean(1, keepdim=True)).abs().amax(1)
+        assert ((maps.flatten(1)[:, position] - others.mean(1)).abs() > 10 * spread + 1e-4).all(), head
+
+
+def test_positions_that_form_no_square_stay_a_row() -> None:
+    probe = DiffusionProbe(DiffusionProbeConfig(d_in=6, head="attention", width=8, num_attention_heads=2, num_labels=2))
+    output = probe.explain(torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0)))
+    assert output.heat_maps.shape == (3, 2, 5)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in EXPLAINED])
+def test_heads_that_explain_nothing_say_so(case: str, trained: Any, images: list[Image.Image]) -> None:
+    features, probe, folder, _ = trained(case)
+    with pytest.raises(ValueError, match=rf"explain is for the heads diff-c, attention, sae; .*is {head_of(case)}"):
+        probe.explain(first(features, 2))
+    if case == "linear":
+        with pytest.raises(ValueError, match="explain is for the heads"):
+            pipeline("diffusion-probe", model=str(folder))(images[0], explain=True)
+
+
+def test_the_pipeline_says_which_latents_decided(
+    trained: Any, extractors: Any, images: list[Image.Image], tmp_path: Path
+) -> None:
+    _, probe, folder, _ = trained("sae-tokens")
+    tokens = extractors["tokens"].only(LAYER, 25)(images[:1])[LAYER, 25]
+    with torch.no_grad():
+        expected, acts = probe.contributions(tokens)[0], probe(features=tokens).latent_acts[0]
+    best = int(expected[0].abs().argmax())
+    assert expected[0, best] != 0
+    loaded = DiffusionProbe.from_pretrained(folder)
+    loaded.config.latent_names = {str(best): "stripes"}
+    loaded.save_pretrained(tmp_path)
+    classify = pipeline("diffusion-probe", model=str(tmp_path), explain=True)
+    answer = {entry["label"]: entry for entry in classify(images[0])}["bag"]
+    first_one = answer["contributions"][0]
+    assert (first_one["latent"], first_one["name"]) == (best, "stripes")
+    assert first_one["contribution"] == pytest.approx(expected[0, best].item(), rel=1e-4)
+    assert first_one["activation"] == pytest.approx(acts[best].item(), rel=1e-4)
+    assert len(answer["contributions"]) <= 5
+    every = {entry["label"]: entry for entry in classify(images[0], top_latents=150)}["bag"]
+    total = sum(entry["contribution"] for entry in every["contributions"]) + every["rest"]
+    assert total == pytest.approx(every["logit"], rel=1e-4, abs=1e-5)
+    sizes = [abs(entry["contribution"]) for entry in every["contributions"]]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_probe_on_several_timesteps_takes_no_other_one(trained: Any, images: list[Image.Image]) -> None:
+    classify = pipeline("diffusion-probe", model=str(trained("fusion-mixing-pooled")[2]))
+    with pytest.raises(ValueError, match=r"timestep=25 is not for this probe, which takes the timesteps \[25, 100\]"):
+        classify(images[0], timestep=25)
+    with pytest.raises(ValueError, match="differ in seed"):
+        classify(images[0], seed=9)
 
 
 def test_scores_of_several_labels_and_of_regression(

@@ -1,12 +1,19 @@
 """`pipeline("diffusion-probe")`: from an image to labels, with the very extraction the probe was trained on."""
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, pipeline
@@ -83,6 +90,152 @@ def test_a_path_an_image_and_a_list(
     for batch_size in (1, 3):
         answers = classify([str(path) for path in paths], batch_size=batch_size)
         assert [scores_of(answer) for answer in answers] == [pytest.approx(scores, abs=1e-5) for scores in expected]
+
+
+@pytest.fixture
+def served(image_folder: Path) -> Iterator[str]:
+    """Address of the images over HTTP."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(image_folder)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_every_kind_of_input_gets_the_same_answers(
+    classify: DiffusionProbePipeline, probe: DiffusionProbe, image_folder: Path, served: str
+) -> None:
+    files = sorted(image_folder.rglob("*.png"))[:3]
+    expected = [pytest.approx(scores, abs=1e-5) for scores in expected_scores(probe, [str(path) for path in files])]
+    loaded = [Image.open(path).convert("RGB") for path in files]
+    arrays = [np.asarray(image) for image in loaded]
+    tensors = list(probe.extractor.preprocess(loaded))
+    entries = [{"bytes": path.read_bytes(), "path": None} for path in files]
+    table = Dataset.from_dict({"picture": loaded}).cast_column("picture", _images())
+    addresses = [f"{served}/{path.relative_to(image_folder)}" for path in files]
+    for given in (loaded, arrays, tensors, entries, addresses, [str(files[0]), loaded[1], addresses[2]]):
+        assert [scores_of(answer) for answer in classify(given, batch_size=2)] == expected
+        assert scores_of(classify(given[0])) == expected[0]
+    for given in (tuple(loaded), table["picture"]):
+        answers = classify(given, batch_size=2)
+        assert isinstance(answers, list)
+        assert [scores_of(answer) for answer in answers] == expected
+    seen = []
+    lazy = iter(classify((seen.append(i) or image for i, image in enumerate(loaded)), batch_size=1))
+    assert scores_of(next(lazy)) == expected[0]
+    assert len(seen) < 3, "a generator is read when its answers are"
+    assert [scores_of(answer) for answer in lazy] == expected[1:]
+
+
+def _images() -> Any:
+    from datasets import Image as ImageFeature
+
+    return ImageFeature()
+
+
+def test_an_address_that_gives_nothing_is_an_error(classify: DiffusionProbePipeline, served: str) -> None:
+    with pytest.raises(ImageError, match=rf"no image at '{served}/missing\.png': .*404"):
+        classify(f"{served}/missing.png")
+    with pytest.raises(ImageError, match=rf"Cannot read the image '{served}/'"):
+        classify(f"{served}/")  # a listing
+    with pytest.raises(ImageError, match=r"no image at 'http://127\.0\.0\.1:9/none\.png'"):
+        classify("http://127.0.0.1:9/none.png", timeout=5)
+
+
+def test_functions_of_the_logits(
+    classify: DiffusionProbePipeline, probe: DiffusionProbe, images: list[Image.Image]
+) -> None:
+    with torch.no_grad():
+        logits = probe(pixel_values=probe.extractor.preprocess(images[0])).logits[0]
+    functions = {"none": logits, "sigmoid": logits.sigmoid(), "softmax": logits.softmax(0)}
+    for name, scores in functions.items():
+        answer = classify(images[0], function_to_apply=name)
+        assert scores_of(answer) == pytest.approx(scores.tolist(), abs=1e-5)
+    with pytest.raises(ValueError, match="mean is not a valid ClassificationFunction"):
+        classify(images[0], function_to_apply="mean")
+
+
+def test_half_precision_and_a_device_by_name(
+    classify: DiffusionProbePipeline, probe_folder: Path, images: list[Image.Image], served: str, image_folder: Path
+) -> None:
+    """The head in bf16 on the features of the very same extraction, which stays in fp32, as does the noise."""
+    half = pipeline("diffusion-probe", model=str(probe_folder), dtype="bfloat16", device="cpu")
+    assert half.model.dtype == torch.bfloat16
+    assert half.model.extractor.config.dtype == "float32"
+    file = next(image_folder.rglob("*.png"))
+    full = scores_of(classify(str(file)))
+    assert scores_of(half(str(file))) == pytest.approx(full, abs=0.05)
+    assert scores_of(half(f"{served}/{file.relative_to(image_folder)}")) == scores_of(half(str(file)))
+    assert scores_of(half(str(file))) != full
+
+
+class TestOverrides:
+    def test_what_the_probe_was_trained_with_is_honoured(
+        self, classify: DiffusionProbePipeline, images: list[Image.Image]
+    ) -> None:
+        assert classify(images[0], timestep=25, seed=3) == classify(images[0])
+
+    @pytest.mark.parametrize(
+        ("given", "differ", "says"), [({"timestep": 100}, "timesteps", r"t=100"), ({"seed": 4}, "seed", r"seed 4")]
+    )
+    def test_another_is_refused_or_taken_with_allow_mismatch(
+        self,
+        given: dict[str, int],
+        differ: str,
+        says: str,
+        classify: DiffusionProbePipeline,
+        probe: DiffusionProbe,
+        images: list[Image.Image],
+    ) -> None:
+        recorded = probe.provenance
+        settings = {"timesteps": (given.get("timestep", 25),), "seed": given.get("seed", 3)}
+        changed = dataclasses.replace(recorded, **settings)
+        match = rf"(?s)This probe .*differ in {differ}\).*t=25.*seed 3.*{recorded.fingerprint}.*{says}.*"
+        with pytest.raises(ProvenanceMismatchError, match=match + f"{changed.fingerprint}.*allow_mismatch=True"):
+            classify(images[0], **given)
+        extractor = DiffusionFeatureExtractor.from_pretrained(
+            recorded.model, layers=recorded.layers, pooling=recorded.pooling, **settings
+        )
+        with torch.no_grad():
+            expected = probe(features=next(iter(extractor(images[:2]).values()))).logits.softmax(1)
+        answers = classify(images[:2], allow_mismatch=True, batch_size=2, **given)
+        for answer, scores in zip(answers, expected.tolist(), strict=True):
+            assert scores_of(answer) == pytest.approx(scores, abs=1e-5)
+        assert scores_of(answers[0]) != pytest.approx(scores_of(classify(images[0])), abs=1e-5)
+        assert classify.model.extractor.config.timesteps == (25,), "the probe's own extraction is as it was"
+
+    def test_given_when_the_pipeline_is_made(self, probe_folder: Path, images: list[Image.Image]) -> None:
+        with pytest.raises(ProvenanceMismatchError, match="differ in timesteps"):
+            pipeline("diffusion-probe", model=str(probe_folder), timestep=100)(images[0])
+        made = pipeline("diffusion-probe", model=str(probe_folder), timestep=100, allow_mismatch=True)
+        assert scores_of(made(images[0])) == scores_of(made(images[0], seed=3))
+
+    def test_a_timestep_that_there_is_not(self, classify: DiffusionProbePipeline, images: list[Image.Image]) -> None:
+        with pytest.raises(ValueError, match="timestep must be an integer in 0…999, got 1000"):
+            classify(images[0], timestep=1000, allow_mismatch=True)
+
+    def test_the_seed_of_random_weights_is_refused(
+        self, tiny_sd_folder: Path, image_folder: Path, images: list[Image.Image], tmp_path: Path
+    ) -> None:
+        folder = train_probe(
+            tiny_sd_folder, image_folder, tmp_path, head="linear", layers=["bottleneck"], random_weights=True
+        )
+        classify = pipeline("diffusion-probe", model=str(folder))
+        with pytest.raises(ValueError, match="also draws the model's random weights: leave seed out"):
+            classify(images[0], seed=4, allow_mismatch=True)
+
+
+def test_arguments_that_are_none(classify: DiffusionProbePipeline, images: list[Image.Image]) -> None:
+    with pytest.raises(ValueError, match="explain must be one of True, False, got 'yes'"):
+        classify(images[0], explain="yes")
+    with pytest.raises(ValueError, match="top_latents must be an integer ≥ 1, got 0"):
+        classify(images[0], top_latents=0)
+    with pytest.raises(TypeError, match="contributions"):
+        classify(images[0], contributions=3)
 
 
 def test_answers_are_sorted_and_can_be_cut(classify: DiffusionProbePipeline, images: list[Image.Image]) -> None:

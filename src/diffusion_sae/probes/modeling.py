@@ -14,7 +14,7 @@ from ..hub.artifact import ArtifactModel
 from ..provenance import require_same_provenance
 from .configuration import SAE_KEYS, DiffusionProbeConfig
 from .examples import Examples, Features, by_name, split, to_device
-from .heads import SAEHead, build_head
+from .heads import HEADS, SAEHead, build_head
 from .tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -29,6 +29,11 @@ class DiffusionProbeOutput(ImageClassifierOutput):
 
     latent_acts: Float[Tensor, "N num_latents"] | None = None
     """Of an `sae` probe: the latents of each image, of which the logits are weighted sums."""
+    heat_maps: Float[Tensor, "N num_labels h w"] | None = None
+    """Of `explain`: what each position adds to each logit, on the grid of the head's last map or tokens; (N,
+    num_labels, T) where T tokens form no square, None for pooled features."""
+    rest: Float[Tensor, "N num_labels"] | None = None
+    """Of `explain`: what no position adds. `heat_maps` summed over the positions and this are the logits."""
 
 
 class DiffusionProbe(ArtifactModel):
@@ -133,7 +138,7 @@ class DiffusionProbe(ArtifactModel):
         if (pixel_values is None) == (features is None):
             raise ValueError("Give either pixel_values or features, one of the two.")
         if features is None:
-            features = self._extracted(pixel_values)
+            features = self.features_of(pixel_values)
         given, latent_acts = self._checked(features), None
         if isinstance(self.head, SAEHead):
             latent_acts = self.head.design(given)  # type: ignore[arg-type]
@@ -145,11 +150,36 @@ class DiffusionProbe(ArtifactModel):
             return (logits,) if loss is None else (loss, logits)
         return DiffusionProbeOutput(loss=loss, logits=logits, latent_acts=latent_acts)  # type: ignore[arg-type]
 
-    def _extracted(self, pixel_values: Any) -> Given:
-        got = self.extractor(pixel_values)
+    def features_of(self, pixel_values: Any, extractor: "DiffusionFeatureExtractor | None" = None) -> Given:
+        """Features of images as `forward` takes them, by the probe's own extraction if no other is given."""
+        got = (extractor or self.extractor)(pixel_values)
         if self.config.head == "fusion":
             return to_device(by_name(got), self.device)
         return next(iter(got.values())).to(self.device)
+
+    @torch.no_grad()
+    def explain(self, features: Given) -> DiffusionProbeOutput:
+        """Logits, and where in the images they come from: `heat_maps` and `rest`. Of the heads attention, diff-c, sae.
+
+        Args:
+            features: as `forward` takes them.
+
+        Raises:
+            ValueError: for another head.
+        """
+        if not self.head.explains:
+            able = ", ".join(name for name, head in HEADS.items() if head.explains)
+            raise ValueError(f"explain is for the heads {able}; this probe's is {self.head.name}.")
+        training = self.training
+        self.eval()
+        try:
+            output = self(features=features)
+            maps, output.rest = self.head.evidence(self._checked(features))
+        finally:
+            self.train(training)
+        pooled = maps.ndim == 3 and maps.shape[2] == 1
+        output.heat_maps = None if pooled else _on_a_grid(maps)
+        return output
 
     def contributions(self, features: Given) -> Float[Tensor, "N num_labels num_latents"]:
         """Of an `sae` probe: what each latent adds to each class. Their sum is the logits without the bias.
@@ -214,3 +244,9 @@ class DiffusionProbe(ArtifactModel):
             "tags": ["diffusion-probe"],
             "configuration": [(name, getattr(config, name)) for name in ("d_in", "head", *self.head.options)],
         }
+
+
+def _on_a_grid(maps: Float[Tensor, "N K *positions"]) -> Tensor:
+    """(N, K, T) of a square grid, row-major, as (N, K, √T, √T)."""
+    side = round(maps.shape[2] ** 0.5)
+    return maps.unflatten(2, (side, side)) if maps.ndim == 3 and side * side == maps.shape[2] else maps

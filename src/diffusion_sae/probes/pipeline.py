@@ -1,17 +1,26 @@
 """Where extraction and head meet: `pipeline("diffusion-probe")`."""
 
+import copy
+import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.utils import httpx
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers.pipelines import ImageClassificationPipeline
 
+from .._config import check_choice, check_integer
 from ..extraction.extractor import DiffusionFeatureExtractor
-from ..extraction.images import load_image, to_pixel_values
+from ..extraction.images import ImageError, load_image, to_pixel_values
 from ..extraction.loading import default_device
-from ..provenance import ProvenanceMismatchError
+from ..provenance import Provenance, ProvenanceMismatchError, require_same_provenance
 
 if TYPE_CHECKING:
     from .modeling import DiffusionProbe
+
+OVERRIDES = ("timestep", "seed", "allow_mismatch")
+ADVICE = "Leave the timestep and seed out, or pass allow_mismatch=True if you know that the features are comparable."
 
 
 def extractor_of(probe: "DiffusionProbe") -> DiffusionFeatureExtractor:
@@ -45,44 +54,119 @@ def preprocess_images(images: Any, size: int, **how: str) -> Tensor:
     return to_pixel_values(images, size, **how)
 
 
+def downloaded(address: str, timeout: float | None) -> bytes:
+    """What a URL gives, within so many seconds. Raises ImageError, naming it, if that is nothing."""
+    try:
+        return httpx.get(address, timeout=timeout, follow_redirects=True).raise_for_status().content
+    except httpx.HTTPError as error:
+        raise ImageError(f"There is no image at {address!r}: {error}. Check the address and the connection.") from error
+
+
+def changed_extractor(probe: "DiffusionProbe", changed: Provenance) -> DiffusionFeatureExtractor:
+    """The probe's extractor with another timestep or seed; the model is the same one, not loaded again."""
+    if changed.random_weights and changed.seed != probe.extractor.config.seed:
+        raise ValueError("The seed of this probe's extraction also draws the model's random weights: leave seed out.")
+    extractor = copy.copy(probe.extractor)
+    extractor.config = dataclasses.replace(extractor.config, timesteps=changed.timesteps, seed=changed.seed)
+    extractor.provenance = changed
+    return extractor
+
+
 class DiffusionProbePipeline(ImageClassificationPipeline):
     """Image → labels with scores, like `image-classification`; broken images are named.
 
-    For regression the scores are the numbers themselves. A label of an `sae` probe also says what decided:
-    `contributions`, the latents that add most to its logit or take most from it, the largest first. The argument
-    `contributions` is how many (5; 0 leaves them out).
+    For regression the scores are the numbers themselves. Arguments beside `top_k` and `function_to_apply`:
+
+        explain: of the heads attention, diff-c and sae: each label also says where its score comes from. `logit`;
+            `heat_map` (h, w), what each position of the image adds to it (not for pooled features), and `rest`, what
+            none adds: heat_map.sum() + rest = logit. Of sae also `contributions`: the latents that add most to the
+            logit or take most from it, the largest first; all of them and `rest` are the logit too.
+        top_latents: how many `contributions`; default 5.
+        timestep, seed: another extraction than the one that the probe was trained on: refused, naming both.
+        allow_mismatch: take it nevertheless.
     """
 
-    def _sanitize_parameters(self, contributions: int | None = None, **given: Any) -> Any:  # type: ignore[override]
+    model: Any  # a DiffusionProbe
+
+    def _sanitize_parameters(  # type: ignore[override]
+        self, *, explain: bool | None = None, top_latents: int | None = None, **given: Any
+    ) -> Any:
+        overrides = {name: given.pop(name) for name in OVERRIDES if given.get(name) is not None}
         preprocessing, forward, postprocessing = super()._sanitize_parameters(**given)
-        if contributions is not None:
-            postprocessing["contributions"] = contributions
-        return preprocessing, forward, postprocessing
+        if explain is not None:
+            check_choice("explain", explain, (True, False))
+            forward["explain"] = explain
+        if top_latents is not None:
+            check_integer("top_latents", top_latents, 1)
+            postprocessing["top_latents"] = top_latents
+        return preprocessing, forward | overrides, postprocessing
+
+    def __call__(self, inputs: Any = None, **options: Any) -> Any:  # type: ignore[override]
+        """Answers of an image, a list of them for several.
+
+        Args:
+            inputs: a PIL image, path, URL, array, `datasets` entry ({"bytes", "path"}) or tensor (3, H, W) of the
+                extraction's size in [-1, 1]; a list, tuple or `datasets` column of these; a generator or torch
+                `Dataset`, of which the answers are a generator.
+            options: the arguments of the class; batch_size, num_workers, top_k, function_to_apply, timeout.
+        """
+        answer: Any = super().__call__
+        if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | list):
+            return list(answer(_Items(inputs), **options))
+        return answer(inputs, **options)
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]
-        is_url = isinstance(image, str) and image.startswith(("http://", "https://"))
-        if is_url:
-            return super().preprocess(image, timeout)
-        return self.image_processor(load_image(image))  # type: ignore[misc]
+        if isinstance(image, str) and image.startswith(("http://", "https://")):
+            # not super().preprocess: it names no broken image, and in a half-precision pipeline it would round the
+            # pixels, by which the noise is drawn
+            image = load_image(downloaded(image, timeout), image)
+        return self.image_processor(image if isinstance(image, Tensor) else load_image(image))  # type: ignore[misc]
 
-    def postprocess(self, model_outputs: Any, contributions: int | None = None, **given: Any) -> Any:  # type: ignore[override]
+    def _forward(self, model_inputs: Any, *, explain: bool = False, **overrides: Any) -> Any:  # type: ignore[override]
+        extractor = self._extractor(**overrides)
+        if extractor is None and not explain:
+            return self.model(**model_inputs)
+        features = self.model.features_of(model_inputs["pixel_values"], extractor)
+        return self.model.explain(features) if explain else self.model(features=features)
+
+    def _extractor(
+        self, timestep: int | None = None, seed: int | None = None, allow_mismatch: bool = False
+    ) -> DiffusionFeatureExtractor | None:
+        """That of another timestep or seed; None: the probe's own."""
+        recorded: Provenance | None = self.model.provenance
+        if recorded is None or (timestep is None and seed is None):
+            return None
+        if timestep is not None and len(recorded.timesteps) > 1:
+            raise ValueError(
+                f"timestep={timestep} is not for this probe, which takes the timesteps {list(recorded.timesteps)} "
+                "together: leave it out."
+            )
+        timesteps = recorded.timesteps if timestep is None else (timestep,)
+        changed = dataclasses.replace(recorded, timesteps=timesteps, seed=recorded.seed if seed is None else seed)
+        if changed.fingerprint == recorded.fingerprint:
+            return None
+        require_same_provenance(recorded, changed, "This probe", allow_mismatch=allow_mismatch, advice=ADVICE)
+        return changed_extractor(self.model, changed)
+
+    def postprocess(self, model_outputs: Any, *, top_latents: int = 5, **given: Any) -> Any:  # type: ignore[override]
         answers = super().postprocess(model_outputs, **given)
-        latent_acts = model_outputs.get("latent_acts")
-        if latent_acts is None:
-            if contributions:
-                raise ValueError("contributions are those of latents, which only an sae probe has: leave them out.")
+        if model_outputs.get("rest") is None:
             return answers
-        count = 5 if contributions is None else contributions
-        if count:
-            by_class = self.model.head.contributions(latent_acts.to(self.model.device))[0].float().cpu()  # type: ignore
-            for answer in answers:
-                of_class = by_class[self.model.config.label2id[answer["label"]]]  # type: ignore[index]
-                answer["contributions"] = self._largest(of_class, latent_acts[0], count)
+        latent_acts, heat_maps = (model_outputs.get(name) for name in ("latent_acts", "heat_maps"))
+        for answer in answers:
+            number = self.model.config.label2id[answer["label"]]
+            for name, values in (("logit", model_outputs["logits"]), ("rest", model_outputs["rest"])):
+                answer[name] = values[0, number].item()
+            if heat_maps is not None:
+                answer["heat_map"] = heat_maps[0, number].float()
+            if latent_acts is not None:
+                answer["contributions"] = self._largest(latent_acts[0], number, top_latents)
         return answers
 
-    def _largest(self, of_class: Tensor, latent_acts: Tensor, count: int) -> list[dict[str, Any]]:
-        """The latents that are not 0 for a class, by the size of what they add."""
+    def _largest(self, latent_acts: Tensor, number: int, count: int) -> list[dict[str, Any]]:
+        """The latents that add something to the logit of a class, by the size of it."""
         names = self.model.config.latent_names or {}
+        of_class = latent_acts * self.model.head.classifier.weight[number].detach().to(latent_acts)
         latents = of_class.abs().topk(min(count, len(of_class))).indices.tolist()
         return [
             {
@@ -94,3 +178,16 @@ class DiffusionProbePipeline(ImageClassificationPipeline):
             for latent in latents
             if of_class[latent] != 0
         ]
+
+
+class _Items(Dataset):
+    """A sequence, read item by item: of a `datasets` column one image at a time is decoded."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]

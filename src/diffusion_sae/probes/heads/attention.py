@@ -27,6 +27,7 @@ class AttentionHead(Head):
     pooling = "tokens"
     options = ("width", "num_attention_heads", "feature_norm")
     drawn = ("query",)
+    explains = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -58,6 +59,26 @@ class AttentionHead(Head):
         tokens = self.projection(normalised(self, features))
         query = self.query.expand(len(tokens), 1, -1)
         return self.output(attended(query, self.key(tokens), self.value(tokens), heads)[:, 0])
+
+    def evidence(
+        self, features: Float[Tensor, "B T d_in"]
+    ) -> tuple[Float[Tensor, "B num_labels T"], Float[Tensor, "B num_labels"]]:
+        """y = Σ_t O a_t v_t + o, and LayerNorm with its measured deviation σ(y) held is linear (Elhage et al. 2021, A
+        mathematical framework for transformer circuits): with u_t = O a_t v_t and ū its mean over the width, position t
+        adds W_c·γ(u_t − ū_t) / σ(y) to logit c; no position adds W_c·(γ(o − ō) / σ(y) + β) + b_c.
+        """
+        heads, tokens = self.config.num_attention_heads, self.projection(normalised(self, features))
+        keys, values = (part.unflatten(2, (heads, -1)) for part in (self.key(tokens), self.value(tokens)))
+        query = self.query.unflatten(0, (heads, -1))
+        weights = (torch.einsum("hm,bthm->bht", query, keys) / query.shape[1] ** 0.5).softmax(2)
+        added = torch.einsum("bht,bthm->bthm", weights, values).flatten(2) @ self.output.weight.T  # u: (B, T, width)
+        pooled = added.sum(1) + self.output.bias
+        deviation = (pooled.var(1, correction=0) + self.norm.eps).sqrt()
+        linear = self.classifier.weight * self.norm.weight
+        linear = linear - linear.mean(1, keepdim=True)  # centring y is the same as centring what it is multiplied with
+        maps = torch.einsum("btw,cw->bct", added, linear) / deviation[:, None, None]
+        bias = self.classifier.weight @ self.norm.bias + self.classifier.bias
+        return maps, (linear @ self.output.bias) / deviation[:, None] + bias
 
 
 class Block(nn.Module):

@@ -27,6 +27,8 @@ class Head(nn.Module):
     """The fields of the config that it reads, for the card."""
     drawn: ClassVar[tuple[str, ...]] = ()
     """Parameters that belong to no layer and are drawn from N(0, 0.02²)."""
+    explains: ClassVar[bool] = False
+    """Whether its logits are sums over the positions of an image: `evidence`."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -63,6 +65,13 @@ class Head(nn.Module):
             parameter = self.get_parameter(name)
             if not parameter.is_meta:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+    def evidence(self, features: Any) -> tuple[Float[Tensor, "B num_labels *positions"], Float[Tensor, "B num_labels"]]:
+        """What each position of an image adds to each logit, and what no position adds, without dropout.
+
+        The sum over the positions and the rest are the logits.
+        """
+        raise NotImplementedError
 
     def normalised_modules(self) -> dict[str, nn.Module]:
         """The modules that hold the moments of the training features, by the name of the input that they are of."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ class DiffCHead(Head):
     shape = "(N, {d_in}, h, w)"
     pooling = "none"
     options = ("width", "dropout")
+    explains = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -45,6 +47,16 @@ class DiffCHead(Head):
 
     def forward(self, features: Float[Tensor, "B C h w"]) -> Float[Tensor, "B num_labels"]:
         return self.classifier(self.dropout(self.features(features).mean((2, 3))))
+
+    def evidence(
+        self, features: Float[Tensor, "B C h w"]
+    ) -> tuple[Float[Tensor, "B num_labels p q"], Float[Tensor, "B num_labels"]]:
+        """Class activation maps (Zhou et al. 2016, arXiv 1512.04150, §2). The average and the linear layer commute: of
+        the P positions of the last map f, position p adds Σ_k W_ck f_kp / P to logit c, and no position adds b_c.
+        """
+        last = self.features(features)  # (B, width, p, q)
+        maps = torch.einsum("bkpq,ck->bcpq", last, self.classifier.weight) / last[0, 0].numel()
+        return maps, self.classifier.bias.expand(len(maps), -1)
 
 
 def as_feature_map(features: Tensor) -> Float[Tensor, "B C h w"]:

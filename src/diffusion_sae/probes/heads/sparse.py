@@ -30,6 +30,7 @@ class SAEHead(Head):
     whole_images = True
     shape = "(N, {d_in}), (N, T, {d_in}) or (N, {d_in}, h, w)"
     options = ("sae", "latent_pooling")
+    explains = True
     scale: Tensor
     """() what rows are divided by: the scale of a timestep."""
     b_dec: Tensor
@@ -103,6 +104,23 @@ class SAEHead(Head):
         values, indices = pre_acts.topk(config["k"], dim=1)
         values = values if config["activation"] == "signed_topk" else F.relu(values)
         return torch.zeros_like(pre_acts).scatter_(1, indices, values)
+
+    @torch.no_grad()
+    def evidence(
+        self, features: Float[Tensor, "B T d_in"]
+    ) -> tuple[Float[Tensor, "B num_labels T"], Float[Tensor, "B num_labels"]]:
+        """Position t adds Σ_i W_ci z_ti / T for the mean; for the maximum Σ W_ci z_i over the latents i whose largest
+        value is at t (of equals the first). No position adds b_c.
+        """
+        weight, maps = self.classifier.weight, []
+        for image in features:  # one at a time: positions × latents are many numbers
+            latent_acts = self._encoded(image)  # (T, num_latents)
+            if self.config.latent_pooling == "mean":
+                maps.append(weight @ latent_acts.T / len(latent_acts))
+            else:
+                values, places = latent_acts.max(0)
+                maps.append(weight.new_zeros(len(weight), len(image)).index_add_(1, places, weight * values))
+        return torch.stack(maps), self.classifier.bias.expand(len(features), -1)
 
     def contributions(self, latent_acts: Float[Tensor, "B num_latents"]) -> Float[Tensor, "B num_labels num_latents"]:
         """W_ci z_i: what each latent adds to each class; logits_c is their sum plus b_c."""
