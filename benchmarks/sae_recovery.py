@@ -47,7 +47,7 @@ class Setting(NamedTuple):
         return f"d {self.d_in}, {self.num_features} directions, n {self.num_latents}, k {self.k}"
 
 
-SETTINGS = (Setting(128, 1024, 2048, 8), Setting(64, 512, 2048, 8), Setting(64, 512, 1024, 16))
+SETTINGS = (Setting(64, 512, 1024, 16), Setting(64, 512, 2048, 8), Setting(128, 1024, 2048, 8))
 # contender, at our learning rate
 CONTENDERS = (
     ("ours", False),

@@ -127,6 +127,17 @@ def test_micro_batches_come_to_the_whole_batch(superposition: Callable[..., Tens
     assert_same_state(parts, whole)
 
 
+def test_gradients_that_are_kept_for_clipping_are_those_formed_twice(
+    superposition: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, formed_twice = (make_step(**SETTINGS["everything"]) for _ in range(2))
+    assert kept._keeps_gradients() and not make_step()._keeps_gradients()
+    run(kept, superposition(4 * ROWS))
+    monkeypatch.setattr(step_module, "KEPT_GRADIENT_BYTES", 0)
+    run(formed_twice, superposition(4 * ROWS))
+    assert_same_state(kept, formed_twice, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name not in DENSE])
 @pytest.mark.parametrize("settings", ["plain", "everything"])
 def test_the_weights_never_get_a_gradient(

@@ -15,6 +15,7 @@ from .sparse import ByLatent, SparseGradients
 from .training_args import OPTIMIZERS, SAETrainingArguments
 
 LATENT_BLOCK = 1024  # 5 MB of gradient at d_in 1280: stays in the cache between its sum and its use
+KEPT_GRADIENT_BYTES = 2**28  # gradients up to this size are formed once where clipping needs them twice
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,12 @@ class TrainingStep:
     def _update(self, gradients: SparseGradients, learning_rate: float) -> None:
         """The fused update of the weights, and that of the small parameters."""
         sae = self.sae
-        sums = _BlockSums(gradients)
+        sums = _BlockSums(gradients, sae.W_dec, keep=self._keeps_gradients())
         small = [p for p in (sae.b_enc, sae.b_dec) if p.grad is not None]
         scale = self._clip_factor(sums, small)
         W_enc, W_dec = (self._rows_and_state(p) for p in (sae.W_enc, sae.W_dec))
         for block in self._blocks():
-            g_enc, g_dec = sums.block(block, sae.W_dec)
+            g_enc, g_dec = sums.block(block)
             if scale != 1.0:
                 g_enc.mul_(scale)
                 g_dec.mul_(scale)
@@ -188,11 +189,16 @@ class TrainingStep:
             maximize=False,
         )
 
+    def _keeps_gradients(self) -> bool:
+        """Whether the gradients are kept whole between their norm and their use, rather than formed twice."""
+        size = 2 * self.sae.W_dec.numel() * self.sae.W_dec.element_size()
+        return self.args.max_grad_norm is not None and size <= KEPT_GRADIENT_BYTES
+
     def _clip_factor(self, sums: "_BlockSums", small: list[nn.Parameter]) -> float:
-        """1, or what brings the norm of all gradients down to `max_grad_norm`; the sums are formed once more for it."""
+        """1, or what brings the norm of all gradients down to `max_grad_norm`."""
         if self.args.max_grad_norm is None:
             return 1.0
-        blocks = (sums.block(block, self.sae.W_dec) for block in self._blocks())
+        blocks = (sums.block(block) for block in self._blocks())
         squares = [gradient.pow(2).sum() for of_block in blocks for gradient in of_block]
         norm = self._norm(small, squares).item()  # one wait for the device
         return min(1.0, self.args.max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
@@ -224,9 +230,11 @@ class TrainingStep:
 
 
 class _BlockSums:
-    """Gradient rows of W_enc and W_dec, a block of latents at a time."""
+    """Gradient rows of W_enc and W_dec, a block of latents at a time; with `keep` each block is formed once."""
 
-    def __init__(self, gradients: SparseGradients) -> None:
+    def __init__(self, gradients: SparseGradients, W_dec: Tensor, *, keep: bool) -> None:
+        self._W_dec = W_dec
+        self._kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         self._sorted: dict[int, ByLatent] = {}  # encoder and decoder share the indices of a code
         self._entries = {
             name: [
@@ -249,8 +257,13 @@ class _BlockSums:
             total += part
         return total
 
-    def block(self, block: slice, W_dec: Tensor) -> tuple[Tensor, Tensor]:
+    def block(self, block: slice) -> tuple[Tensor, Tensor]:
         """(gradient of W_enc, of W_dec without its part parallel to the decoder rows)."""
-        g_dec, rows = self._sum("W_dec", block), W_dec[block]
+        if self._kept is not None and block.start in self._kept:
+            return self._kept[block.start]
+        g_dec, rows = self._sum("W_dec", block), self._W_dec[block]
         g_dec -= (g_dec * rows).sum(1, keepdim=True) * rows
-        return self._sum("W_enc", block), g_dec
+        formed = self._sum("W_enc", block), g_dec
+        if self._kept is not None:
+            self._kept[block.start] = formed
+        return formed
