@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .._files import write_atomically
 from ..analysis.sweep.results import SweepResults
 from .figures import sweeps as draw
+from .sweep_observations import observation_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,6 +139,10 @@ def findings(results: SweepResults) -> str:
         if rows:
             text += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
             text += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    header, rows = observation_table(results.summary["observations"])
+    text += ["**Observations**, each a difference of two cells of the grid:\n"]
+    text += [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    text += [f"| {' | '.join(row)} |" for row in rows] + [""]
     return "\n".join(text)
 
 
@@ -157,6 +162,12 @@ def _page(results: SweepResults, captions: dict[str, str]) -> str:
         header = "".join(f"<th>{name}</th>" for name in HEADER)
         body = "".join(f"<tr>{row}</tr>" for row in cells)
         parts.append(f"<p><b>Best:</b> {html.escape(sentence)}</p><table><tr>{header}</tr>{body}</table>")
+    columns, rows = observation_table(results.summary["observations"])
+    header = "".join(f"<th>{name}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    parts.append(
+        f"<p><b>Observations</b>, each a difference of two cells of the grid.</p><table><tr>{header}</tr>{body}</table>"
+    )
     for name, caption in captions.items():
         text = html.escape(caption, quote=True)
         parts.append(f'<figure><img src="{name}" alt="{text}"><figcaption>{text}</figcaption></figure>')

@@ -20,6 +20,7 @@ from .config import SweepConfig
 from .data import Task, open_splits, tasks
 from .fits import check_head, fit_cell
 from .margins import best_cells, best_of, model_groups
+from .observations import observations
 from .results import RESULTS, SUMMARY, write_table
 from .sources import Extractions, Source, cells_of, features_of, provenance_of, sources_of
 from .specs import HeadSpec
@@ -181,6 +182,7 @@ class Sweep:
             "extractions": {s.folder_name: _read_record(self._record(s)) for s in self.sources},
             "fits": sum(len(result.seeds) for result in results),
             "best": best_cells(results),
+            "observations": observations(results),
         }
         write_json(self.folder / SUMMARY, content)
         logger.info("%d fits in %s", content["fits"], self.folder / RESULTS)

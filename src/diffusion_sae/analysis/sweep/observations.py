@@ -1,0 +1,84 @@
+"""What the paper reports, asked of a sweep: inner layers, small timesteps, prompts, coarse and fine classes.
+
+Each answer is a difference of test accuracies on the same images with the interval of `margins.margin`. Which cells are
+compared is chosen on validation images.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .cells import CellResult
+from .margins import Key, Point, best_of, margin, model_groups, points
+
+Answer = dict[str, Any]
+
+
+def compared(mine: Point, other: Point) -> Answer:
+    """Both cells, and the first one's accuracy less the second one's."""
+    return {"mine": mine.summary(), "other": other.summary(), **margin(mine, other)}
+
+
+def observations(results: Sequence[CellResult]) -> list[Answer]:
+    """For each model, head and label: `best` and what it is compared with.
+
+    - `first layer`, `last layer`: the best cell of the outermost layers, each at its own best timestep.
+    - `timesteps`: the best layer at every other timestep of the grid.
+    - `tied`: how many of the grid's cells the images and fits do not tell from the best one.
+    - `prompts`: the best layer and timestep under every other prompt, those that are made of a class among them.
+    - `finer`, `coarser`: for every other label, its accuracy at its own best cell against that at this label's.
+    """
+    groups = model_groups(results)
+    return [_answers(key, groups, results) for key in groups]
+
+
+def _answers(key: Key, groups: dict[Key, list[Point]], results: Sequence[CellResult]) -> Answer:
+    model, head, label = key
+    group = groups[key]
+    best = best_of(group)
+    chosen = best.results[0].cell
+    layers = list(dict.fromkeys(point.results[0].cell.layer for point in group))
+    of_layer = {name: [p for p in group if p.results[0].cell.layer == name] for name in layers}
+    answer: Answer = {
+        **best.summary(),
+        "num_labels": best.results[0].num_labels,
+        "fits": len(best.accuracies),
+        "cells": len(group),
+        "tied": sum(not margin(best, point)["exceeds_noise"] for point in group if point is not best),
+        "timesteps": [
+            compared(best, point)
+            for point in sorted(of_layer[chosen.layer], key=lambda p: p.results[0].cell.timestep)
+            if point.results[0].cell.timestep != chosen.timestep and point.results[0].cell.prompt == chosen.prompt
+        ],
+        "prompts": [compared(point, best) for point in _same_place(results, best)],
+        "labels": _labels(key, groups),
+    }
+    for name, layer in (("first layer", layers[0]), ("last layer", layers[-1])):
+        if layer != chosen.layer:
+            answer[name] = compared(best, best_of(of_layer[layer]))
+    return {"model": model, "head": head, "label": label, **answer}
+
+
+def _same_place(results: Sequence[CellResult], best: Point) -> list[Point]:
+    """The same model, layer, timestep, head and label under other prompts."""
+    chosen, same = best.results[0].cell, ("kind", "model", "weights", "layer", "timestep", "head", "label")
+    return [
+        point
+        for point in points(results)
+        if all(getattr(point.results[0].cell, name) == getattr(chosen, name) for name in same)
+        and point.results[0].cell.prompt != chosen.prompt
+    ]
+
+
+def _labels(key: Key, groups: dict[Key, list[Point]]) -> list[Answer]:
+    """Of every other label of the model: its best cell against the cell that is best for this label."""
+    model, head, label = key
+    here = best_of(groups[key]).results[0].cell
+    place = (here.layer, here.timestep, here.prompt)
+    answers = []
+    for other, group in groups.items():
+        if other[:2] == (model, head) and other[2] != label:
+            own = best_of(group)
+            cells = {(p.results[0].cell.layer, p.results[0].cell.timestep, p.results[0].cell.prompt): p for p in group}
+            if place in cells and cells[place] is not own:
+                answers.append(compared(own, cells[place]))
+    return answers
