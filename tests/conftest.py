@@ -22,10 +22,11 @@ import pytest
 import torch
 from diffusers import DiTPipeline, StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from diffusion_sae import DiffusionFeatureExtractor
 from diffusion_sae.provenance import ExtractorConfig
-from tiny_pipelines import CLASS_NAMES, build_dit, build_sd, build_seeded
+from tiny_pipelines import CLASS_NAMES, build_dit, build_sd, build_seeded, build_tokenizer, clip_config
 
 torch.set_num_threads(1)
 
@@ -88,4 +89,22 @@ def image_folder(images: list[Image.Image], tmp_path_factory: pytest.TempPathFac
         class_folder.mkdir(exist_ok=True)
         suffix = ".jpg" if i % 4 == 3 else ".png"
         image.save(class_folder / f"image-{i:02d}{suffix}", quality=95)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CLIP of random weights, saved with its tokenizer and image processor."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = build_tokenizer()
+    text = clip_config(tokenizer).to_dict()
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    vision |= {"initializer_factor": 8.0}  # else all pictures look alike to random weights
+    config = CLIPConfig(text_config=text, vision_config=vision | {"image_size": 16, "patch_size": 8}, projection_dim=16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"shortest_edge": 16}
+    CLIPImageProcessorPil(size=size, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder

@@ -1,39 +1,19 @@
 """Which prompt an image gets, the noise modes, and pairs with the empty prompt."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPImageProcessorPil, CLIPModel
 
 from diffusion_sae import DiffusionFeatureExtractor
 from diffusion_sae.extraction.loading import Placement
 from diffusion_sae.extraction.noise import seeded_noise
 from diffusion_sae.extraction.prompts import PromptSource
 from diffusion_sae.provenance import ExtractorConfig
-from tiny_pipelines import build_tokenizer, clip_config
 
 CHOICES = ("a red thing", "a blue thing", "shoe")
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small CLIP of random weights, saved with its tokenizer and image processor."""
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = build_tokenizer()
-    text = clip_config(tokenizer).to_dict()
-    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    vision |= {"initializer_factor": 8.0}  # else all pictures look alike to random weights
-    config = CLIPConfig(text_config=text, vision_config=vision | {"image_size": 16, "patch_size": 8}, projection_dim=16)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    size = {"shortest_edge": 16}
-    CLIPImageProcessorPil(size=size, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
 
 
 def test_one_prompt_for_all(make_sd_extractor, images):

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ..provenance import ExtractorConfig
 from .images import to_pictures
+from .text_image import TextImageModel
 
 
 class PromptSource:
@@ -60,27 +60,12 @@ class PromptSource:
         return [self.config.prompt.replace("{}", text) if kind == "class" else str(text) for text in texts]
 
     @cached_property
-    def _clip(self) -> tuple[Any, Any, Tensor]:
-        """Model, image processor, and the unit-norm embeddings of the choices."""
-        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+    def _clip(self) -> tuple[TextImageModel, Float[Tensor, "choices d"]]:
+        """The model, and the unit-norm embeddings of the choices."""
+        model = TextImageModel.from_pretrained(str(self.config.clip_model), self.device)
+        return model, model.embed_texts(self.config.prompt_choices)
 
-        name = str(self.config.clip_model)
-        # Any: a CLIPModel, SiglipModel or another of their interface, which AutoModel has no type of
-        model: Any = AutoModel.from_pretrained(name).eval().to(self.device)
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        text = tokenizer(list(self.config.prompt_choices), padding=True, truncation=True, return_tensors="pt")
-        with torch.no_grad():
-            embeddings = _embedding(model.get_text_features(**text.to(self.device)))
-        return model, AutoImageProcessor.from_pretrained(name, backend="pil"), embeddings
-
-    @torch.no_grad()
     def _scores(self, pixel_values: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B choices"]:
         """Cosine similarities; CLIP sees the image as the diffusion model does, after crop and resize."""
-        model, processor, choices = self._clip
-        inputs = processor(to_pictures(pixel_values), return_tensors="pt").to(self.device)
-        return _embedding(model.get_image_features(**inputs)) @ choices.T
-
-
-def _embedding(output: Any) -> Float[Tensor, "n d"]:
-    pooled = output if isinstance(output, Tensor) else output.pooler_output
-    return torch.nn.functional.normalize(pooled.float(), dim=-1)
+        model, choices = self._clip
+        return model.embed_images(to_pictures(pixel_values)) @ choices.T
