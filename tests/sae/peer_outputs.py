@@ -115,6 +115,11 @@ def sae_lens_peers(weights: Tensors) -> Iterator[tuple[str, Peer]]:
         "topk-layer-norm": place(
             sl.TopKSAE(sl.TopKSAEConfig(**settings, k=k, normalize_activations="layer_norm")), weights, DIRECT
         ),
+        "topk-constant-norm": place(
+            sl.TopKSAE(sl.TopKSAEConfig(**settings, k=k, normalize_activations="constant_norm_rescale")),
+            weights,
+            DIRECT,
+        ),
         "batchtopk": saved,
         "batchtopk-training": training,
         "jumprelu": place(sl.JumpReLUSAE(sl.JumpReLUSAEConfig(**settings)), weights, jump),

@@ -71,16 +71,6 @@ def rescaled(weights: Tensors) -> Tensors:
     }
 
 
-def layer_normed(weights: Tensors) -> Tensors:
-    ratio = ((D_IN - 1) / D_IN) ** 0.5  # of our standard deviation to theirs
-    return {
-        "W_enc": weights["W_enc"] * ratio,
-        "b_enc": weights["b_enc"],
-        "W_dec": weights["W_dec"] / ratio,
-        "b_dec": weights["b_dec"] / ratio,
-    }
-
-
 def gated(weights: Tensors) -> Tensors:
     """Open where W_encᵀ x + b_gate > 0; the magnitude exp(r) W_encᵀ x + b_enc is then above b_enc − exp(r) b_gate."""
     scale = weights["r_mag"].exp()
@@ -133,7 +123,8 @@ class Case(NamedTuple):
 
 CASES = {
     "sae-lens/topk-rescaled": Case("topk", rescaled),
-    "sae-lens/topk-layer-norm": Case("topk", layer_normed, input_norm="layer_norm"),
+    "sae-lens/topk-layer-norm": Case("topk", input_norm="sample_layer_norm"),
+    "sae-lens/topk-constant-norm": Case("topk", input_norm="constant_norm"),
     "sae-lens/batchtopk": Case("batchtopk", rescaled),
     "sae-lens/batchtopk-training": Case("batchtopk", rescaled, training=True),
     "sae-lens/jumprelu": Case("jumprelu"),

@@ -11,21 +11,25 @@ import torch
 from torch import Tensor
 
 from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig
+from diffusion_sae._row_norms import INPUT_NORMS, row_norm
 from diffusion_sae.sae.code import SparseCode
-from diffusion_sae.sae.configuration import ACTIVATIONS, ENCODER_INITS, INPUT_NORMS
+from diffusion_sae.sae.configuration import ACTIVATIONS, ENCODER_INITS
 
 D_IN, NUM_LATENTS, K, ROWS = 12, 40, 3, 21
 LISTED = {
     "activation": ("topk", "relu_topk", "signed_topk", "batchtopk", "jumprelu", "relu"),
-    "input_norm": ("none", "layer_norm"),
+    "input_norm": ("none", "layer_norm", "sample_layer_norm", "constant_norm"),
     "timesteps": (None, [25, 100, 200]),
     "matryoshka_sizes": (None, [5, 16, NUM_LATENTS]),
 }
 OTHER_FIELDS = {"d_in", "num_latents", "expansion_factor", "k", "jumprelu_bandwidth", "encoder_init", "init_seed"}
+OTHER_FIELDS |= {"converted_from"}
+OF_OTHER_LIBRARIES = ("sample_layer_norm", "constant_norm")  # what differs from layer_norm is `_row_norms` alone
 VARIANTS = [
     dict(zip(LISTED, values, strict=True))
     for values in itertools.product(*LISTED.values())
     if not (values[-1] and values[0] in ("jumprelu", "relu"))
+    and not (values[1] in OF_OTHER_LIBRARIES and (values[-1] or values[0] not in ("topk", "jumprelu")))
 ]
 
 
@@ -175,8 +179,8 @@ class TestContract:
         self, sae: KSparseAutoencoder, features: Tensor, given: dict[str, Tensor], variant: dict[str, Any]
     ) -> None:
         code, output = sae.encode(features, **given), sae(features, **given)
-        if variant["input_norm"] == "layer_norm":
-            with pytest.raises(ValueError, match=r"input_norm='layer_norm' a code does not say how long its row was"):
+        if variant["input_norm"] != "none":
+            with pytest.raises(ValueError, match=r"input_norm='\w+' a code does not say how long its row was"):
                 sae.decode(code, **given)
             return
         torch.testing.assert_close(sae.decode(code, **given), output.reconstruction)
@@ -264,15 +268,38 @@ class TestTimesteps:
             sae.decode(code, timesteps=30)
 
 
-class TestLayerNorm:
-    def test_shifts_and_scales_of_a_row_are_given_back(self, superposition: Callable[..., Tensor]) -> None:
-        """x̂(a x + c) = a x̂(x) + c for a > 0."""
-        config = KSparseAutoencoderConfig(d_in=D_IN, num_latents=NUM_LATENTS, k=K, input_norm="layer_norm")
+class TestInputNorms:
+    @pytest.mark.parametrize("input_norm", ["layer_norm", "sample_layer_norm", "constant_norm"])
+    def test_shifts_and_scales_of_a_row_are_given_back(
+        self, input_norm: str, superposition: Callable[..., Tensor]
+    ) -> None:
+        """x̂(a x + c) = a x̂(x) + c for a > 0; without a mean that is taken off, c = 0."""
+        config = KSparseAutoencoderConfig(d_in=D_IN, num_latents=NUM_LATENTS, k=K, input_norm=input_norm)
         sae, features = randomise(KSparseAutoencoder(config)), superposition(ROWS, d_in=D_IN)
-        plain, changed = sae(features), sae(3 * features - 5)
-        torch.testing.assert_close(changed.reconstruction, 3 * plain.reconstruction - 5, rtol=1e-3, atol=1e-3)
+        shift = 0 if input_norm == "constant_norm" else -5
+        plain, changed = sae(features), sae(3 * features + shift)
+        torch.testing.assert_close(changed.reconstruction, 3 * plain.reconstruction + shift, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(changed.fvu, plain.fvu, rtol=1e-3, atol=1e-3)
         assert torch.equal(changed.top_indices.sort(1).values, plain.top_indices.sort(1).values)
+
+    def test_moments_by_hand(self) -> None:
+        rows = torch.tensor([[1.0, 3.0, 5.0]])
+        assert row_norm(rows, "none") == (None, None, None)
+        shift, divisor, scale = row_norm(rows, "layer_norm")
+        assert (shift, divisor) == (3, scale)
+        torch.testing.assert_close(scale, torch.tensor([[(8 / 3) ** 0.5 + 1e-5]]))
+        shift, divisor, scale = row_norm(rows, "sample_layer_norm")
+        torch.testing.assert_close((shift, divisor, scale), tuple(torch.tensor([[v]]) for v in (3.0, 2 + 1e-5, 2.0)))
+        shift, divisor, scale = row_norm(torch.tensor([[0.0, 3.0, 4.0, 0.0]]), "constant_norm")
+        assert (shift, divisor, scale) == (None, 2.5, 2.5)
+
+    def test_a_row_of_zeros_has_no_length(self) -> None:
+        config = KSparseAutoencoderConfig(d_in=D_IN, num_latents=NUM_LATENTS, k=K, input_norm="constant_norm")
+        assert (KSparseAutoencoder(config)(torch.zeros(1, D_IN)).reconstruction == 0).all()
+
+    def test_one_feature_has_no_sample_deviation(self) -> None:
+        with pytest.raises(ValueError, match=r"divides by d_in − 1: it needs d_in > 1, got d_in = 1"):
+            KSparseAutoencoderConfig(d_in=1, num_latents=4, k=1, input_norm="sample_layer_norm")
 
 
 class TestMatryoshka:

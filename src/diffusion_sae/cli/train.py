@@ -7,6 +7,8 @@ from typing import Any
 from .options import SAE, SAE_TRAINING, add_options, given
 from .selection import add_selection, select
 
+SETTLED = ("d_in", "converted_from")  # what follows from the store, and what training does not set
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", help="feature store, made by `diffusion-sae extract`")
@@ -16,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="cpu, cuda or mps (default: cpu); with --shard-latents each process takes its own",
     )
-    add_options(parser, "k-SAE", *SAE, leave_out=("d_in",))
+    add_options(parser, "k-SAE", *SAE, leave_out=SETTLED)
     add_options(parser, "training", *SAE_TRAINING)
 
 
@@ -27,7 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     features = select(FeatureStore(args.store), args, getattr(args, "timesteps", None))
     training = SAETrainingArguments.from_dict(given(args, *SAE_TRAINING))
-    config = KSparseAutoencoderConfig(d_in=features.d_in, **given(args, *SAE, leave_out=("d_in",)))
+    config = KSparseAutoencoderConfig(d_in=features.d_in, **given(args, *SAE, leave_out=SETTLED))
     with torch.device("meta" if training.shard_latents else "cpu"):
         sae = KSparseAutoencoder(config)
     result = SAETrainer(sae if training.shard_latents else sae.to(args.device), features, training).train()

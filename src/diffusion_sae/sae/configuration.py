@@ -5,13 +5,13 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 
 from .._config import check, check_choice, check_integer, check_number
+from .._row_norms import INPUT_NORMS
 from ..hub.artifact import ArtifactConfig, refuse_unknown_config_keys
 
 ENCODER_INITS = ("tied", "kaiming")
 TOP_K = ("topk", "relu_topk", "signed_topk")
 DENSE = ("jumprelu", "relu")  # any number of latents may be active in training
 ACTIVATIONS = (*TOP_K, "batchtopk", *DENSE)
-INPUT_NORMS = ("none", "layer_norm")
 
 
 @strict
@@ -27,14 +27,16 @@ class KSparseAutoencoderConfig(ArtifactConfig):
             equations are in `diffusion_sae.sae.activations`.
         matryoshka_sizes: sizes of nested dictionaries, rising to num_latents, each of which learns to reconstruct alone
             (Bussmann et al. 2025, arXiv 2503.17547, §3); None: one dictionary.
-        input_norm: none, or layer_norm, where each row is centred and divided by its standard deviation, and the
-            reconstruction is scaled and shifted back.
+        input_norm: none, layer_norm, where each row is centred and divided by its standard deviation, and the
+            reconstruction is scaled and shifted back, or sample_layer_norm or constant_norm, which other libraries'
+            SAEs were trained with (`diffusion_sae._row_norms` has the equations).
         timesteps: timesteps of an SAE over several, each with a b_dec and a scale of its own; None: one for all.
         jumprelu_bandwidth: width of the window in which a JumpReLU's threshold gets a gradient.
         encoder_init: `tied`, the encoder starts as the transpose of the unit-norm decoder (Gao et al. 2024, §A.1);
             `kaiming`, both are drawn independently, as in Revelio, whose SAE is encoder_init="kaiming" and
             activation="signed_topk" with `SAETrainingArguments.revelio`.
         init_seed: seed of the initial weights; the global random state is not used.
+        converted_from: the library, file and SHA-256 that a converted SAE was read from; None: trained here.
     """
 
     model_type = "k-sparse-autoencoder"
@@ -51,6 +53,7 @@ class KSparseAutoencoderConfig(ArtifactConfig):
     jumprelu_bandwidth: float = 0.001
     encoder_init: str = "tied"
     init_seed: int = 0
+    converted_from: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_config_keys(self, kwargs)
@@ -71,6 +74,10 @@ class KSparseAutoencoderConfig(ArtifactConfig):
         check(self.k <= self.num_latents, f"k must be at most num_latents = {self.num_latents}, got k = {self.k}.")
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("input_norm", self.input_norm, INPUT_NORMS)
+        check(
+            self.input_norm != "sample_layer_norm" or self.d_in > 1,
+            "input_norm='sample_layer_norm' divides by d_in − 1: it needs d_in > 1, got d_in = 1.",
+        )
         check_number("jumprelu_bandwidth", self.jumprelu_bandwidth, 0, open_low=True)
         check_choice("encoder_init", self.encoder_init, ENCODER_INITS)
         check_integer("init_seed", self.init_seed, 0)

@@ -37,7 +37,7 @@ class KSparseAutoencoder(DescribedLatents, ArtifactModel):
     names (see `activations`); most of z is 0, and all that follows the encoder's product touches the rest alone.
 
     With `config.input_norm` or `config.timesteps` x stands for (x − shift) / scale, and x̂ for shift + scale · x̂: the
-    row's mean and standard deviation, or 0 and the timestep's scale, which then has a `b_dec` of its own as well.
+    row's own moments (`_row_norms`), or 0 and the timestep's scale, which then has a `b_dec` of its own as well.
     """
 
     config_class = KSparseAutoencoderConfig
@@ -94,7 +94,7 @@ class KSparseAutoencoder(DescribedLatents, ArtifactModel):
         index = self._timestep_index(timesteps, len(features))
         bias = self.b_dec if index is None else self.b_dec[index]
         scale = None if index is None else self.timestep_scale[index, None]
-        return Rows.of(features, bias, scale, layer_norm=self.config.input_norm == "layer_norm")
+        return Rows.of(features, bias, scale, input_norm=self.config.input_norm)
 
     def pre_acts(
         self, features: Float[Tensor, "N d_in"], timesteps: Timesteps = None
@@ -145,12 +145,12 @@ class KSparseAutoencoder(DescribedLatents, ArtifactModel):
         """Σ z_i W_dec[i] + b_dec over the active latents alone.
 
         Raises:
-            ValueError: with layer_norm, where the scale of a row is not in its code; call the SAE on features instead.
+            ValueError: with an input_norm, where the scale of a row is not in its code; call the SAE on features.
         """
-        if self.config.input_norm == "layer_norm":
+        if self.config.input_norm != "none":
             raise ValueError(
-                "With input_norm='layer_norm' a code does not say how long its row was. Use sae(features), whose "
-                "reconstruction is scaled back."
+                f"With input_norm={self.config.input_norm!r} a code does not say how long its row was. Use "
+                "sae(features), whose reconstruction is scaled back."
             )
         index = self._timestep_index(timesteps, len(code.top_acts))
         if index is None:

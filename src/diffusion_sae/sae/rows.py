@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._row_norms import row_norm
+
 Timesteps = int | Int[Tensor, " N"] | None
 
 
@@ -13,7 +15,7 @@ class Rows(NamedTuple):
     """Rows as the encoder sees them, before b_dec is taken off, and the way back."""
 
     normalised: Float[Tensor, "N d_in"]
-    """(x − shift) / scale."""
+    """As `row_norm` and the timestep's scale make them."""
     bias: Float[Tensor, "*N d_in"]
     """b_dec of each row, or of all."""
     shift: Tensor | None
@@ -26,17 +28,17 @@ class Rows(NamedTuple):
         bias: Float[Tensor, "*N d_in"],
         scale: Float[Tensor, "N 1"] | None,
         *,
-        layer_norm: bool,
+        input_norm: str,
     ) -> "Rows":
-        """By the scale of each row's timestep, if there are any, and with `layer_norm` the row's own moments."""
-        if layer_norm:
-            shift = features.mean(1, keepdim=True)
+        """By the scale of each row's timestep, if there are any, and what `input_norm` makes of the row itself."""
+        shift, divisor, own = row_norm(features, input_norm)
+        if divisor is not None and own is not None and scale is not None:
+            divisor, own = divisor * scale, own * scale
+        elif scale is not None:
+            divisor = own = scale
+        if shift is not None:
             features = features - shift
-            own = features.pow(2).mean(1, keepdim=True).sqrt() + 1e-5
-            scale = own if scale is None else own * scale
-        else:
-            shift = None
-        return cls(features if scale is None else features / scale, bias, shift, scale)
+        return cls(features if divisor is None else features / divisor, bias, shift, own)
 
     def scaled(self, decoded: Float[Tensor, "N d_in"]) -> Float[Tensor, "N d_in"]:
         return decoded if self.scale is None else self.scale * decoded

@@ -93,11 +93,9 @@ class SAEHead(Head):
 
     def _encoded(self, rows: Float[Tensor, "N d_in"]) -> Float[Tensor, "N num_latents"]:
         config = self.config.sae
-        if config["input_norm"] == "layer_norm":
-            rows = rows - rows.mean(1, keepdim=True)
-            rows = rows / ((rows.square().mean(1, keepdim=True).sqrt() + 1e-5) * self.scale)
-        else:
-            rows = rows / self.scale
+        shift, divisor, _ = row_norm(rows, config["input_norm"])
+        rows = rows if shift is None else rows - shift
+        rows = rows / (self.scale if divisor is None else divisor * self.scale)
         pre_acts = torch.addmm(self.b_enc, rows - self.b_dec, self.W_enc)
         if config["activation"] not in TOP_K:
             return torch.where(pre_acts > self.threshold.clamp_min(0), pre_acts, 0.0)
