@@ -7,6 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..._row_norms import row_norm
 from ..examples import Features
 from .base import Head, channels_last
 
