@@ -17,6 +17,7 @@ COMMANDS = {
     "probe": "train a probe on a store",
     "sweep": "probes over models, layers, timesteps, prompts, heads and seeds",
     "report": "a page of an SAE's latents and their images, or the figures of a sweep",
+    "convert": "SAEs of other libraries into artifacts, and back",
     "push": "push a trained artifact or a feature store to the Hub",
     "layers": "the layers of a model, with width and stride",
 }

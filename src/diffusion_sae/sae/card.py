@@ -22,6 +22,7 @@ def card_text(sae: "KSparseAutoencoder", repo_id: str) -> dict[str, Any]:
         "tags": ["sparse-autoencoder", "interpretability"],
         "configuration": [
             (k, getattr(config, k))
-            for k in ("d_in", "num_latents", "expansion_factor", "k", "activation", "encoder_init")
+            for k in ("d_in", "num_latents", "expansion_factor", "k", "activation", "encoder_init", "converted_from")
+            if getattr(config, k) is not None
         ],
     }

@@ -18,6 +18,7 @@ from .activations import JumpReLU, Step, batch_top_k
 from .card import card_text
 from .code import KSparseAutoencoderOutput, SparseCode
 from .configuration import DENSE, TOP_K, KSparseAutoencoderConfig
+from .foreign import load_foreign, save_foreign
 from .initialisation import initial_weights
 from .latent_table import DescribedLatents
 from .losses import auxk_loss, l0_penalty, l1_penalty, normalized_mse, total_variance
@@ -75,6 +76,9 @@ class KSparseAutoencoder(DescribedLatents, ArtifactModel):
         with torch.no_grad():
             sae.W_enc.data = sae.W_enc.T.contiguous().T  # the file holds it as its shape says
         return loaded
+
+    from_foreign = classmethod(load_foreign)
+    save_foreign = save_foreign
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
