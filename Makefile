@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: browser demo test test-fast check format lint types clean
+.PHONY: browser demo page test test-fast check format lint types clean
 
 demo: $(STAMP)
 	$(BIN)/diffusion-sae demo
@@ -21,6 +21,10 @@ browser:
 	  sudo=$$([ $$(id -u) = 0 ] || echo sudo); \
 	  $$sudo apt-get update -qq && \
 	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
+
+# bundles the feature browser's page; node is needed here alone, as what it makes is committed
+page:
+	cd src/diffusion_sae/report/page && npm ci --no-audit --no-fund && npm run build
 
 # what CI runs: format, lint, types, tests
 check: format lint types test

@@ -96,7 +96,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_extract_train_probe_report(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "train.yaml"
     config.write_text("k: 4\nexpansion_factor: 2\nmax_steps: 30\nbatch_size: 16\n")
-    sae, probe, page = (str(tmp_path / name) for name in ("sae", "probe", "page.html"))
+    sae, probe, report = (str(tmp_path / name) for name in ("sae", "probe", "report"))
     assert main(["train", str(store), "--output-dir", sae, "--config", str(config), "--max-steps", "5", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["k"] == 4
@@ -125,9 +125,16 @@ def test_extract_train_probe_report(store: Path, tmp_path: Path, capsys: pytest.
         assert json.loads((tmp_path / f"{head}-probe/config.json").read_text())["head"] == head
     assert main(["probe", str(store), "--output-dir", str(tmp_path / "none"), "--head", "sae"]) == 1
     assert "--sae belongs to --head sae, which needs it" in capsys.readouterr().err
-    assert main(["report", sae, str(store), "fashion-mnist-mini", page]) == 0
+    assert main(["report", sae, str(store), "fashion-mnist-mini", report]) == 0
     assert "FVU" in capsys.readouterr().out
-    assert "up_ft1" in Path(page).read_text()
+    assert not (Path(report) / ".encoded").exists()
+    encoded = str(tmp_path / "encoded")
+    assert main(["report", sae, str(store), "fashion-mnist-mini", report, "--encoded", encoded, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert Path(result["page"]).is_file()
+    assert set(result["figures"]) >= {"FVU", "L0", "Dead latents"}
+    assert main(["report", sae, str(store), "emoji-mini", report]) == 1
+    assert "is not image 0 of the store of" in capsys.readouterr().err
 
 
 def test_options_with_several_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,6 +263,7 @@ def test_demo_quick(tmp_path: Path) -> None:
     assert set(result["baselines"]) == {"raw pixels", "VAE latents", "random weights"}
     assert result["probe_accuracy"] > 0.4  # chance is 0.1
     assert result["label_purity"] > result["label_purity_shuffled"]
-    page = Path(result["page"]).read_text()
-    assert "data:image/png;base64," in page
-    assert f"{result['probe_accuracy']:.1%}" in page
+    (shown,) = tmp_path.glob("files-*/data/report.js")
+    accuracy = re.search(r'"accuracy":([\d.]+)', shown.read_text())
+    assert accuracy
+    assert float(accuracy[1]) == pytest.approx(result["probe_accuracy"])

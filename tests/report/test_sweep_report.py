@@ -152,7 +152,7 @@ def test_a_sweeps_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_report_of_nothing_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 1
-    assert "SAE STORE DATASET OUTPUT.html; or the folder of a finished sweep" in capsys.readouterr().err
+    assert "SAE STORE DATASET OUTPUT_DIR; or the folder of a finished sweep" in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_error_says_what_to_install() -> None:

@@ -1,166 +1,199 @@
-"""From results to what the page shows."""
+"""A report: a folder that opens from the disk, offline. `index.html` shows what is in one folder of files beside it."""
 
-import dataclasses
-from collections.abc import Sequence
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from jaxtyping import Float
 
-from ..analysis.latents import LatentStatistics, label_purity, latent_statistics, purest_latents, shuffled_labels
+from .._files import require_writable_folder, write_atomically, write_json
 from ..extraction.sources import ImageSource
-from ..features import FeatureSet
-from ..probes.modeling import DiffusionProbe
 from ..provenance import Provenance
-from ..sae.evaluation import evaluate_sae
-from ..sae.modeling import KSparseAutoencoder
-from .page import Example, Figure, LatentPanel, PageData, Prediction, write_page
+from .latents import Dictionary, Labels, write_dictionary
+from .packing import DataFolder
+from .thumbnails import write_thumbnails
 
-TOP_IMAGES = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentFindings:
-    """Latents of an SAE on labelled images: panels of the purest, and the mean purity of all beside its baseline."""
-
-    panels: list[LatentPanel]
-    purity: float | None
-    """None if no latent has enough active images."""
-    shuffled_purity: float | None
-    measured: int
-    """Latents that at least `TOP_IMAGES` images activate."""
-    num_latents: int
+STATIC = resources.files("diffusion_sae.report").joinpath("static")
+"""Made of `page/` by `make page`."""
+FILES = "files-"
+MARK = '<meta name="generator" content="diffusion-sae report">'
+_POINTER = re.compile(r'"(files-\w+)/browser\.js"')
 
 
-def find_latents(
-    sae: KSparseAutoencoder, features: FeatureSet, source: ImageSource, panels: int = 24
-) -> LatentFindings:
-    """Statistics of the latents on the images that `features` were extracted from.
+@dataclass(frozen=True)
+class Bar:
+    """One bar of the chart of accuracies; `highlight` marks the probe that the report is about."""
+
+    name: str
+    accuracy: float
+    """0…1."""
+    note: str = ""
+    highlight: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Accuracy at each layer (rows) and timestep (columns); None where it was not measured."""
+
+    name: str
+    layers: Sequence[str]
+    timesteps: Sequence[int]
+    accuracy: Sequence[Sequence[float | None]]
+    chosen: tuple[str, int] | None = None
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        if [len(row) for row in self.accuracy] != [len(self.timesteps)] * len(self.layers):
+            raise ValueError(
+                f"accuracy has rows of {[len(row) for row in self.accuracy]} cells for {len(self.layers)} layers and "
+                f"{len(self.timesteps)} timesteps. Give one row a layer, one cell a timestep, None if not measured."
+            )
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a report shows beside its SAEs. What is empty or None is left out."""
+
+    title: str
+    source: ImageSource
+    """The images that the SAEs' sparse codes are of, in their order."""
+    labels: Labels | None = None
+    crop: str = "center"
+    """How the extraction made the images square."""
+    maps: Mapping[str, Float[np.ndarray, "images 2"]] = field(default_factory=dict)
+    """Places of the images in the plane, by what they were made of."""
+    grids: Sequence[Grid] = ()
+    bars: Sequence[Bar] = ()
+    predictions: Float[np.ndarray, "images classes"] | None = None
+    """A probe's probabilities."""
+    provenance: Provenance | None = None
+    commands: Sequence[str] = ()
+
+
+def write_report(folder: str | Path, report: Report, dictionaries: Sequence[Dictionary]) -> dict[str, Any]:
+    """Write a report and return its summary; a kill leaves the report that was there before.
 
     Args:
-        sae: the autoencoder.
-        features: pooled or token features of the source's images, with labels.
-        source: the images themselves.
-        panels: how many of the purest latents get a panel.
+        folder: made if need be; an earlier report in it is replaced.
+        report: images, labels and more.
+        dictionaries: one or several SAEs, each with its sparse codes of all these images.
+
+    Raises:
+        ValueError: for sparse codes of another number of images, and a folder with an `index.html` of something else.
     """
-    if features.image_labels is None:
-        raise ValueError("Naming latents needs labelled images: extract from class folders or a labelled data set.")
-    if len(source) != features.num_images:
-        raise ValueError(
-            f"The store has {features.num_images} images, the data {len(source)}: give those it was made of."
-        )
-    statistics = latent_statistics(sae, features, TOP_IMAGES)
-    labels = features.image_labels
-    purity = label_purity(statistics, labels)
-    shuffled = label_purity(statistics, shuffled_labels(labels))
-    chosen = purest_latents(statistics, purity, panels)
-    names = features.class_names or [str(i) for i in range(int(labels.max()) + 1)]
-    return LatentFindings(
-        panels=[
-            _panel(
-                statistics,
-                int(purity.latents[i]),
-                names[int(purity.label[i])],
-                purity.purity[i].item(),
-                names,
-                source,
-                labels,
-            )
-            for i in chosen
-        ],
-        purity=purity.mean,
-        shuffled_purity=shuffled.mean,
-        measured=len(purity.latents),
-        num_latents=sae.config.num_latents,
+    folder = _require_own_folder(Path(folder))
+    _check(report, dictionaries)
+    files = Path(tempfile.mkdtemp(prefix=FILES, dir=folder))
+    files.chmod(0o755)
+    for name in ("browser.js", "browser.css"):
+        (files / name).write_bytes(STATIC.joinpath(name).read_bytes())
+    data = DataFolder(files / "data")
+    sheets = write_thumbnails(data.root, report.source, report.crop)
+    _write_images(data, report)
+    described = [write_dictionary(data, f"sae{i}", one, report.labels) for i, one in enumerate(dictionaries)]
+    summary = _summary(report, dictionaries, described) | {"sheets": sheets.to_dict()}
+    data.write("report", summary)
+    write_json(
+        files / "browse.json", {"saes": {d["key"]: one.path for d, one in zip(described, dictionaries, strict=True)}}
     )
+    page = STATIC.joinpath("index.html").read_text(encoding="utf-8")
+    write_atomically(folder / "index.html", lambda path: path.write_text(page.replace("FILES", files.name), "utf-8"))
+    for other in folder.glob(f"{FILES}*"):
+        if other != files:
+            shutil.rmtree(other)
+    return {"page": str((folder / "index.html").resolve()), "saes": described}
 
 
-def _panel(
-    statistics: LatentStatistics,
-    latent: int,
-    name: str,
-    purity: float,
-    names: Sequence[str],
-    source: ImageSource,
-    labels: torch.Tensor,
-) -> LatentPanel:
-    rows = zip(statistics.top_images[latent].tolist(), statistics.top_acts[latent].tolist(), strict=True)
-    examples = [Example(source.read(i), names[int(labels[i])], act, source.names[int(i)]) for i, act in rows]
-    return LatentPanel(
-        latent_index=latent,
-        name=name,
-        purity=purity,
-        density=statistics.density[latent].item(),
-        max_activation=statistics.max_acts[latent].item(),
-        examples=examples,
-    )
+def files_of(folder: str | Path) -> Path:
+    """The folder of files that a report shows.
+
+    Raises:
+        FileNotFoundError: if there is no report.
+    """
+    index = Path(folder) / "index.html"
+    found = _POINTER.search(index.read_text(encoding="utf-8")) if index.is_file() else None
+    if found is None:
+        raise FileNotFoundError(f"{str(folder)!r} holds no report. Make one with `diffusion-sae report`.")
+    return Path(folder) / found[1]
 
 
-def sae_figures(sae: KSparseAutoencoder, features: FeatureSet, findings: LatentFindings) -> list[Figure]:
-    """The key numbers of an SAE on these features."""
-    metrics = evaluate_sae(sae, features)
-    rows = f"on {metrics.rows:,} rows of {features.num_images:,} images"
-    figures = [
-        Figure("FVU", f"{metrics.fvu:.3f}", f"fraction of variance unexplained {rows}; 0 is perfect"),
-        Figure("L0", f"{metrics.l0:.1f}", f"active latents a row, of {findings.num_latents:,}"),
-        Figure("Dead latents", f"{metrics.dead_latents:.1%}", f"active in no row, {rows}"),
-    ]
-    if findings.purity is not None and findings.shuffled_purity is not None:
-        note = f"of the {TOP_IMAGES} top images, mean of {findings.measured:,} latents"
-        shuffled = f"shuffled labels {findings.shuffled_purity:.2f}"
-        figures.append(Figure("Label purity", f"{findings.purity:.2f}", f"{note}; {shuffled}"))
-    return figures
+def _require_own_folder(folder: Path) -> Path:
+    require_writable_folder(folder)
+    index = folder / "index.html"
+    if index.exists() and MARK not in index.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"{index} is of something else, and would be overwritten. Choose another folder.")
+    return folder
 
 
-def sample_predictions(
-    probe: DiffusionProbe, features: FeatureSet, source: ImageSource, count: int
-) -> list[Prediction]:
-    """What the probe says of the first images."""
-    scores = probe.predict(features[:count]).softmax(1)
-    names = list(probe.config.id2label.values())
-    predictions = []
-    for i, row in enumerate(scores):
-        best = row.topk(min(3, len(names)))
-        label = source.labels[i]
-        predictions.append(
-            Prediction(
-                source.read(i),
-                "" if label is None else names[label],
-                [(names[int(c)], float(p)) for p, c in zip(best.values, best.indices, strict=True)],
+def _check(report: Report, dictionaries: Sequence[Dictionary]) -> None:
+    if not dictionaries:
+        raise ValueError("A report needs at least one SAE, got none.")
+    images = len(report.source)
+    for one in dictionaries:
+        manifest = one.encoded.manifest
+        if manifest.rows != images * manifest.rows_per_image:
+            raise ValueError(
+                f"The sparse codes of {one.name!r} are of {manifest.rows // manifest.rows_per_image} images, the data "
+                f"have {images}: give the images that the store was made of."
             )
+    sizes = {"labels": None if report.labels is None else len(report.labels.values)}
+    sizes |= {f"the map {name!r}": len(places) for name, places in report.maps.items()}
+    sizes["predictions"] = None if report.predictions is None else len(report.predictions)
+    for name, size in sizes.items():
+        if size not in (None, images):
+            raise ValueError(f"{name} must have one entry an image: {images} images, {size} entries.")
+
+
+def _write_images(data: DataFolder, report: Report) -> None:
+    arrays: dict[str, np.ndarray] = {
+        f"map{i}": places.astype(np.float32) for i, places in enumerate(report.maps.values())
+    }
+    if report.labels is not None:
+        arrays["label"] = report.labels.values.astype(np.int32)
+    if report.predictions is not None:
+        best = np.argsort(-report.predictions, axis=1)[:, :3]
+        arrays["guesses"] = best.astype(np.int32)
+        arrays["chances"] = np.take_along_axis(report.predictions, best, 1).astype(np.float32)
+    data.write("images", {"names": list(report.source.names)}, arrays)
+
+
+def _summary(report: Report, dictionaries: Sequence[Dictionary], described: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    saes = []
+    for one, entry in zip(dictionaries, described, strict=True):
+        record = one.encoded.provenance
+        saes.append(
+            entry
+            | {
+                "layer": record.layers[0] if record else None,
+                "provenance": provenance_rows(record),
+            }
         )
-    return predictions
+    return {
+        "title": report.title,
+        "classes": None if report.labels is None else list(report.labels.names),
+        "maps": list(report.maps),
+        "grids": [asdict(grid) for grid in report.grids],
+        "bars": [asdict(bar) for bar in report.bars],
+        "predictions": report.predictions is not None,
+        "commands": list(report.commands),
+        "saes": saes,
+    }
 
 
 def provenance_rows(provenance: Provenance | None) -> dict[str, str]:
+    """What to show of an extraction: the settings that are set."""
     if provenance is None:
         return {}
-    rows = {key: str(value) for key, value in provenance.settings.to_dict().items() if value not in (None, "", False)}
-    return rows | {"weights": provenance.weights, "fingerprint": provenance.fingerprint}
-
-
-def write_sae_report(
-    path: str | Path, sae: KSparseAutoencoder, features: FeatureSet, source: ImageSource, *, name: str, panels: int = 24
-) -> dict[str, Any]:
-    """A page of one SAE on labelled images; returns the numbers it shows."""
-    findings = find_latents(sae, features, source, panels)
-    figures = sae_figures(sae, features, findings)
-    data = PageData(
-        title=name,
-        subtitle=f"A k-sparse autoencoder with {findings.num_latents:,} latents, {sae.config.k} active at a time.",
-        figures=figures,
-        baselines=[],
-        grid=None,
-        latents=findings.panels,
-        shuffled_purity=findings.shuffled_purity,
-        predictions=[],
-        provenance=provenance_rows(sae.provenance),
-        commands=[],
-    )
-    write_page(path, data)
-    return {
-        "page": str(path),
-        "figures": {figure.label: figure.value for figure in figures},
-        "purity": findings.purity,
-        "shuffled_purity": findings.shuffled_purity,
+    settings = provenance.settings.to_dict()
+    rows = {
+        key: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        for key, value in settings.items()
+        if value not in (None, "", False, [], ())
     }
+    return rows | {"weights": provenance.weights, "fingerprint": provenance.fingerprint}

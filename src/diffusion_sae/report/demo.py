@@ -21,8 +21,8 @@ from ..sae.modeling import KSparseAutoencoder
 from ..sae.trainer import SAETrainer
 from ..sae.training_args import SAETrainingArguments
 from ..zoo import IMAGES
-from .build import find_latents, provenance_rows, sae_figures, sample_predictions
-from .page import Baseline, LayerGrid, PageData, write_page
+from .build import Bar, Grid
+from .sae import Trained, report_saes
 
 MODEL, LAYER, TIMESTEP = "tiny-sd", "up_ft1", 50
 GRID_LAYERS = ("down_ft2", "bottleneck", "up_ft0", "up_ft1", "up_ft2")
@@ -64,44 +64,45 @@ def run_demo(output_dir: str | Path, size: DemoSize | None = None) -> dict[str, 
         with _stage(bar, "k-SAE"):
             sae, tokens = _train_sae(folder, size)
         with _stage(bar, "probe"):
-            probe, accuracy, test = _train_probe(folder, size)
+            probe, accuracy, validation = _train_probe(folder, size)
         with _stage(bar, "baselines"):
             baselines = _baselines(folder, size)
         with _stage(bar, "page"):
-            findings = find_latents(sae, tokens, _images("validation", size))
-            page = PageData(
-                title=f"{MODEL}: what {LAYER} sees at t = {TIMESTEP}",
-                subtitle="A small Stable Diffusion trained on Fashion-MNIST, its features, and what they know.",
-                figures=sae_figures(sae, tokens, findings),
-                baselines=[
-                    Baseline(f"{LAYER}, t = {TIMESTEP}", accuracy, note="linear probe, mean-pooled", highlight=True),
-                    *(Baseline(name, value) for name, value in baselines.items()),
+            own = Trained(MODEL, sae, tokens, folder / "encoded", str(folder / "sae"))
+            page = report_saes(
+                folder,
+                f"{MODEL}: what {LAYER} sees at t = {TIMESTEP}",
+                [own],
+                _images("validation", size),
+                bars=[
+                    Bar(f"{LAYER}, t = {TIMESTEP}", accuracy, "linear probe, mean-pooled", highlight=True),
+                    *(Bar(name, value) for name, value in baselines.items()),
                 ],
-                grid=LayerGrid(
-                    layers=list(size.grid_layers),
-                    timesteps=list(size.grid_timesteps),
-                    accuracy=[[scores[layer, t].validation for t in size.grid_timesteps] for layer in size.grid_layers],
-                    chosen=(LAYER, TIMESTEP),
-                    baseline=None,
-                    caption="Validation accuracy of a linear probe on mean-pooled features. Outlined: this page.",
-                ),
-                latents=findings.panels,
-                shuffled_purity=findings.shuffled_purity,
-                predictions=sample_predictions(probe, test, _images("test", size), 12),
-                provenance=provenance_rows(sae.provenance),
+                grids=[_grid(size, scores)],
+                predictions=probe.predict(validation[:]).softmax(1).numpy(),
                 commands=["diffusion-sae demo"],
             )
-            write_page(folder / "index.html", page)
     return {
-        "figures": {figure.label: figure.value for figure in page.figures},
-        "label_purity": findings.purity,
-        "label_purity_shuffled": findings.shuffled_purity,
+        "figures": page["figures"],
+        "label_purity": page["purity"],
+        "label_purity_shuffled": page["shuffled_purity"],
         "probe_accuracy": accuracy,
         "baselines": baselines,
         "sae": str(folder / "sae"),
         "probe": str(folder / "probe"),
-        "page": str((folder / "index.html").resolve()),
+        "page": page["page"],
     }
+
+
+def _grid(size: DemoSize, scores: Any) -> Grid:
+    return Grid(
+        "linear probe",
+        size.grid_layers,
+        size.grid_timesteps,
+        [[scores[layer, t].validation for t in size.grid_timesteps] for layer in size.grid_layers],
+        (LAYER, TIMESTEP),
+        "Validation accuracy of a linear probe on mean-pooled features.",
+    )
 
 
 def _images(split: str, size: DemoSize) -> Any:
@@ -148,7 +149,7 @@ def _train_probe(folder: Path, size: DemoSize) -> tuple[DiffusionProbe, float, F
     trainer.train(progress=False)
     accuracy = trainer.evaluate(sets["test"]).accuracy
     trainer.save()
-    return probe, accuracy, sets["test"]
+    return probe, accuracy, sets["validation"]
 
 
 def _one_cell(folder: Path, size: DemoSize, **settings: Any) -> dict[str, FeatureSet]:

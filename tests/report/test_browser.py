@@ -1,0 +1,242 @@
+"""The page, used as a person uses it, in a real Chromium and from the disk."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page
+from synthetic_report import CLASSES, HOSTILE, IMAGES, Made, Visit
+
+pytestmark = pytest.mark.slow
+VIEWS = ("#/latents?heat=1", "#/latents/LATENT", "#/overview")
+CARD = ".virtual .card"
+
+
+def numbers_of_cards(page: Page) -> list[int]:
+    return [int(text) for text in page.locator(f"{CARD} .index").all_inner_texts()]
+
+
+def some_latent(made: Made) -> int:
+    """The one that fires in most images."""
+    return int((made.acts.max((0, 2)) > 0).sum(0).argmax())
+
+
+def test_opens_and_lists_all_living_latents(visit: Visit, made: Made) -> None:
+    page = visit.open()
+    living = int((made.acts.max((0, 1, 2)) > 0).sum())
+    assert f"{living} of {living} living latents" in page.locator(".count").inner_text()
+    assert page.title() == "Latents · Shapes"
+    page.wait_for_selector("canvas[data-drawn=plain]")
+    assert page.locator(CARD).count() < living  # the rest comes when it is scrolled to
+    seen = set(numbers_of_cards(page))
+    while page.evaluate("scrollY + innerHeight + 2 < document.documentElement.scrollHeight"):
+        page.evaluate("scrollBy(0, 600)")
+        page.wait_for_timeout(60)
+        seen |= set(numbers_of_cards(page))
+    assert seen == set(np.flatnonzero(made.acts.max((0, 1, 2)) > 0))
+
+
+def test_sort_and_filter(visit: Visit, made: Made) -> None:
+    page = visit.open()
+    acts = made.acts.max((0, 2))
+    page.get_by_label("Sort by").select_option("max")
+    by_max = np.argsort(-acts.max(0), kind="stable")
+    shown = numbers_of_cards(page)
+    assert shown == by_max[: len(shown)].tolist()
+    page.get_by_role("button", name="Largest first").click()
+    smallest = [i for i in by_max[::-1] if acts[:, i].max() > 0]
+    assert numbers_of_cards(page)[:6] == smallest[:6]
+    page.get_by_label("Sort by").select_option("density")
+    page.get_by_text("Ranges and own names").click()
+    page.get_by_role("group", name="Density, %").get_by_label("at least").fill("50")
+    dense = np.flatnonzero((acts > 0).mean(0) >= 0.5)
+    assert page.locator(".count").inner_text().startswith(f"{len(dense)} of ")
+    assert set(numbers_of_cards(page)) <= set(dense)
+    page.get_by_role("combobox", name="Class").select_option(label="square")
+    shown = page.locator(f"{CARD} .name").all_inner_texts()
+    assert set(shown) == {"square"}
+    assert "densityFrom=50" in page.url  # a link to what is shown
+    page.get_by_label("Name, class or number").fill("no such name")
+    page.get_by_role("button", name="Show all").click()
+    page.get_by_label("Name, class or number").fill("7")
+    assert numbers_of_cards(page) == ([7] if acts[:, 7].max() > 0 else [])
+
+
+def heat(page: Page, selector: str) -> list[int]:
+    """Red and blue of the middle of a canvas's first picture, summed over its pixels."""
+    page.wait_for_selector(selector)
+    return page.locator(selector).first.evaluate(
+        "c => { const d = c.getContext('2d').getImageData(0, 0, c.height, c.height).data;"
+        "return [0, 2].map((j) => d.reduce((s, v, i) => s + (i % 4 === j ? v : 0), 0)); }"
+    )
+
+
+def test_click_through_and_back(visit: Visit, made: Made) -> None:
+    page = visit.open("#/latents?sort=max")
+    page.evaluate("scrollTo(0, 700)")
+    page.wait_for_timeout(100)
+    card = page.locator(CARD).nth(12)
+    latent = int(card.locator(".index").inner_text())
+    card.click()
+    page.wait_for_selector(".tiles")
+    assert f"latent {latent}" in page.locator("h1").inner_text()
+    acts = made.acts.max((0, 2))[:, latent]
+    shown = [float(text) for text in page.locator("section:has(#top) .act").all_inner_texts()]
+    assert shown == pytest.approx(np.sort(acts[acts > 0])[::-1][:12], abs=0.006)
+    assert page.locator("section:has(#timesteps) svg").count() == 2
+    assert page.evaluate("scrollY") == 0
+    page.get_by_role("link", name="next →").click()
+    page.wait_for_selector(f"h1:not(:has-text('latent {latent}'))")
+    page.go_back()
+    page.go_back()
+    page.wait_for_selector(".virtual")
+    assert page.evaluate("scrollY") == 700
+
+
+def test_heat_map_over_the_images(visit: Visit) -> None:
+    page = visit.open()
+    page.wait_for_selector("canvas[data-drawn=plain]")
+    page.get_by_label("Heat map").check()
+    page.wait_for_selector(f"{CARD} canvas[data-drawn=heat]")
+    assert "heat=1" in page.url
+    page.get_by_label("Heat map").uncheck()
+    page.wait_for_selector(f"{CARD} canvas[data-drawn=plain]")
+
+
+def test_a_name_stays_and_travels(visit: Visit, made: Made, tmp_path: Path) -> None:
+    latent, name = some_latent(made), "<b>round</b> handles 👜"
+    page = visit.open(f"#/latents/{latent}")
+    page.get_by_role("textbox", name="Name", exact=True).fill(name)
+    page.get_by_role("button", name="Save name").click()
+    page.wait_for_selector("text=Saved in this browser.")
+    assert page.locator("h1 bdi").inner_text() == name
+    page.reload()
+    page.wait_for_selector("h1 bdi")
+    assert page.locator("h1 bdi").inner_text() == name
+    page.get_by_role("link", name="All latents").click()
+    page.get_by_text("Ranges and own names").click()
+    page.get_by_label("Only latents with a name of mine").check()
+    assert numbers_of_cards(page) == [latent]
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download names").click()
+    path = tmp_path / "names.json"
+    download.value.save_as(path)
+    content = json.loads(path.read_text())
+    assert content["names"] == {str(latent): name}
+    page.get_by_label("Load names").set_input_files(path)
+    page.wait_for_selector("text=Names saved in this browser.")
+    path.write_text(json.dumps(content | {"weights": "other"}))
+    page.get_by_label("Load names").set_input_files(path)
+    page.wait_for_selector("text=of an SAE with other weights")
+    page.locator(CARD).click()
+    page.get_by_role("textbox", name="Name", exact=True).fill("")
+    page.get_by_role("button", name="Save name").click()
+    page.wait_for_selector("text=Your name is taken back.")
+    assert page.locator("h1 bdi").inner_text() in CLASSES
+
+
+def test_keyboard_alone(visit: Visit) -> None:
+    page = visit.open()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "To the content"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.matches('.virtual .card')"):
+            break
+    first = page.evaluate("document.activeElement.querySelector('.index').textContent")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate("document.activeElement.querySelector('.index').textContent") == first
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f"h1:has-text('latent {first}')")
+
+
+@pytest.fixture
+def at_width(browser: Browser, made: Made, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    width, scheme = request.param
+    context: dict[str, Any] = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
+    visit = Visit(browser, (made.folder / "index.html").as_uri(), **context)
+    yield visit
+    visit.close()
+
+
+MEASURE = """() => {
+  const all = [...document.body.querySelectorAll("*")];
+  const shown = all.filter((e) => e.getClientRects().length && !e.closest(".skip"));
+  const name = (e) => `${e.tagName}.${e.className?.baseVal ?? e.className} ${e.textContent.trim().slice(0, 40)}`;
+  const style = (e) => getComputedStyle(e);
+  const scrolls = ({ parentElement: e }) => e && (style(e).overflowX !== "visible" || scrolls(e));
+  const cut = (e) => ["hidden", "clip"].includes(style(e).overflowY) && e.scrollHeight > e.clientHeight + 3;
+  const mayBeCut = "bdi, .label, .name, .card, option, .shares *";
+  return {
+    sideways: document.documentElement.scrollWidth - innerWidth,
+    outside: shown.filter((e) => !scrolls(e) && e.getBoundingClientRect().right > innerWidth + 0.5).map(name),
+    clipped: shown.filter((e) => cut(e) && !e.matches(mayBeCut)).map(name),
+    empty: all.filter((e) => e.matches("canvas.strip") && !e.dataset.drawn).length,
+    background: getComputedStyle(document.body).backgroundColor,
+  };
+}"""
+
+
+@pytest.mark.parametrize(
+    "at_width", [(360, "light"), (390, "dark"), (768, "light"), (1440, "dark")], indirect=True, ids=str
+)
+def test_layout_and_accessibility_of_all_views(at_width: Visit, made: Made) -> None:
+    dark = at_width.context.pages[0].evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    for view in VIEWS:
+        page = at_width.open(view.replace("LATENT", str(some_latent(made))))
+        page.wait_for_timeout(400)
+        found = page.evaluate(MEASURE)
+        assert found["background"] == ("rgb(20, 22, 25)" if dark else "rgb(252, 251, 248)")
+        assert found["sideways"] <= 0, view
+        assert not found["outside"], view
+        assert not found["clipped"], view
+        assert not found["empty"], view
+        violations = Axe().run(page, options={"preload": False}).response["violations"]
+        told = [
+            (one["id"], one["nodes"][0]["html"][:200]) for one in violations if one["impact"] in ("serious", "critical")
+        ]
+        assert not told, view
+
+
+def test_hostile_texts_are_shown_as_text(browser: Browser, hostile: Made) -> None:
+    visit = Visit(browser, (hostile.folder / "index.html").as_uri(), viewport={"width": 390, "height": 800})
+    for view in VIEWS:
+        page = visit.open(view.replace("LATENT", str(some_latent(hostile))))
+        page.wait_for_timeout(200)
+        assert page.evaluate("window.pwned") is None
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, view
+        assert page.locator("main script, main img[src*=evil]").count() == 0
+    page = visit.open("#/latents")
+    options = page.get_by_role("combobox", name="Class").locator("option").all_inner_texts()
+    assert options[1:3] == [text.strip() for text in HOSTILE[:2]]
+    assert len(options[6]) == 300
+    visit.close()
+
+
+def test_a_lost_file_is_named(browser: Browser, made: Made, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(made.folder, tmp_path / "copy")
+    next(copy.glob("files-*/data/sae0/latents.js")).unlink()
+    visit = Visit(browser, (copy / "index.html").as_uri())
+    page = visit.open()
+    assert "lacks its file sae0/latents.js" in page.get_by_role("alert").inner_text()
+    assert len(visit.problems) == 2  # the file that was not found, and the error
+    visit.problems.clear()
+    visit.close()
+
+
+def test_only_blocks_that_are_looked_at_are_loaded(visit: Visit) -> None:
+    visit.open()
+    loaded = [url.rsplit("/", 1)[1] for url in visit.asked if "/data/" in url]
+    assert not any(name.startswith(("latents-0", "images-0", "classes-")) for name in loaded)
+    assert IMAGES > 64
