@@ -131,8 +131,13 @@ PROTOCOL = (
 
 
 def findings(results: SweepResults) -> str:
-    """Markdown: what is best, with its margins."""
-    text = [f"# Sweep on {results.summary['config']['dataset']}\n", PROTOCOL + "\n"]
+    """Markdown of a whole page: what is best with its margins, and the observations."""
+    return f"# Sweep on {results.summary['config']['dataset']}\n\n{PROTOCOL}\n\n{findings_tables(results)}"
+
+
+def findings_tables(results: SweepResults) -> str:
+    """The tables of `findings` without title and protocol."""
+    text = []
     for best in results.summary["best"]:
         sentence, rows = _lines(best)
         text += [f"**Best:** {sentence}\n"]
