@@ -199,8 +199,9 @@ def write_jpegs(folder: Path, count: int, side: int) -> None:
 def folder_throughput(model: str) -> dict[str, float]:
     """`extract` from a folder of JPEG files to a store, against the same features of tensors in memory.
 
-    `decode` reads and prepares the images alone, on all cores. Where decoding has no cores of its own, as beside a small
-    model on a CPU, its work comes on top: `share_of_limit` is compute + decode over extract, 1 if nothing else is lost.
+    `decode` reads and prepares the images alone, on all cores. Where decoding has no cores of its own, as beside a
+    small model on a CPU, its work comes on top: `share_of_limit` is compute + decode over extract, 1 if nothing else is
+    lost.
     """
     images, side, batch, rounds = {"tiny-sd": (1024, 256, 64, 3), "sd15": (4, 512, 1, 3)}[model]
     extractor = make_extractor(model, ("up_ft1",), (25,))
