@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -105,7 +106,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     options = ("rows", "d_in", "num_latents", "k", "batch_size", "format")
-    result: dict[str, Any] = {"machine": machine(), **{name: getattr(args, name) for name in options}}
+    command = f"python benchmarks/sae_encoding.py {' '.join(sys.argv[1:])}"
+    result: dict[str, Any] = {
+        "command": command,
+        "machine": machine(),
+        **{name: getattr(args, name) for name in options},
+    }
     print(json.dumps(result, indent=2))
     config = KSparseAutoencoderConfig(d_in=args.d_in, num_latents=args.num_latents, k=args.k)
     sae = KSparseAutoencoder(config).eval()

@@ -145,7 +145,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="counted steps of each contender (default: 5)")
     parser.add_argument("--memory-shapes", nargs="*", default=MEMORY_SHAPES, metavar=shape, help="none: no memory")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--profile", action="store_true", help="the operators of one step of ours, and nothing else")
+    parser.add_argument(
+        "--profile", type=Path, help="JSON file for the operators of one step of ours; then nothing else is measured"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -155,7 +157,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def profile(shapes: Sequence[str], device: str) -> None:
+def profile(shapes: Sequence[str], device: str, out: Path) -> None:
+    """Seconds of each operator of one step, without those that it called."""
+    command = f"python benchmarks/sae_training.py --profile {out}"
+    results: dict[str, Any] = {"machine": machine() | {"command": command}, "shapes": {}}
     for text in shapes:
         client = Client("ours")
         client.setup(Shape.parse(text), device)
@@ -164,12 +169,15 @@ def profile(shapes: Sequence[str], device: str) -> None:
         print(f"\nrows, d_in, num_latents, k = {text}")
         for name, seconds in sorted(parts.items(), key=lambda item: -item[1])[:20]:
             print(f"{name:48}{seconds:9.4f} s{seconds / sum(parts.values()):8.1%}")
+        kept = {name: round(seconds, 5) for name, seconds in sorted(parts.items()) if seconds > 0}
+        results["shapes"][text] = {"parts": kept}
+        write_json(out, results)
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.profile:
-        profile(args.shapes, args.device)
+    if args.profile is not None:
+        profile(args.shapes, args.device, args.profile)
         return
     results: dict[str, Any] = {"shapes": {}, "memory": {}, "contenders": {}}
     if args.out.is_file():

@@ -1,0 +1,164 @@
+"""The tables of docs/speed.md and docs/sae-recovery.md, from the results that the benchmarks have left.
+
+    python benchmarks/tables.py            # writes them between their marks in the pages
+    python benchmarks/tables.py --check    # says which are not those of the results, and fails
+
+A mark is a line `<!-- table: NAME -->`; what follows up to `<!-- end -->` is replaced.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from diffusion_sae._files import read_json, write_atomically
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = ("speed.md", "sae-recovery.md")
+MARK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MODELS = {"tiny-sd": "tiny-sd", "sd15": "SD 1.5's shape"}
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(header), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def source(result: dict[str, Any], machine: dict[str, Any], file: str) -> str:
+    """Where the numbers come from, in a sentence."""
+    load = machine.get("load_at_start")
+    busy = "" if load is None else f", load {load:.1f} when it began"
+    name = machine.get("processor") or machine.get("device")
+    return f"`{result['command']}`; {machine['cores']} cores, {name}{busy}. Numbers: [`{file}`](results/{file})."
+
+
+def training(result: dict[str, Any]) -> str:
+    """Every contender's time over ours, and ours over the limit."""
+    shapes = result["shapes"]
+    names = [name for name in next(iter(shapes.values()))["contenders"] if name not in ("ours", "limit")]
+    rows = []
+    for shape, found in shapes.items():
+        size, d_in, n, k = shape.split(",")
+        ratios = found["ratios"]
+        rows.append(
+            [f"{int(size):,} × {d_in}", f"{int(n):,}", k]
+            + [f"{ratios['ours / limit']['ratio']:.2f}"]
+            + [f"{ratios[f'{name} / ours']['ratio']:.2f}" for name in names]
+        )
+    header = ["rows × d_in", "latents", "k", "ours / limit", *(f"{name} / ours" for name in names)]
+    machine = next(iter(shapes.values()))["machine"]
+    return table(header, rows) + "\n\n" + source(machine, machine, "sae-training-speed.json")
+
+
+def memory(result: dict[str, Any]) -> str:
+    rows = [
+        [f"{int(shape.split(',')[0]):,}", f"{one['peak_mb']:,.0f}", f"{one['at_most_mb']:,.0f}"]
+        for shape, one in sorted(result["memory"].items(), key=lambda item: int(item[0].split(",")[0]))
+    ]
+    return table(["rows", "peak (MiB)", "weights + two moments + 1 GB (MiB)"], rows)
+
+
+def profile(result: dict[str, Any]) -> str:
+    """Shares of a step's time by operator; what is under 3 % everywhere is left out."""
+    parts = {shape: one["parts"] for shape, one in result["shapes"].items()}
+    totals = {shape: sum(of.values()) for shape, of in parts.items()}
+    names = sorted(
+        {name for shape, of in parts.items() for name, seconds in of.items() if seconds / totals[shape] >= 0.03},
+        key=lambda name: -max(of.get(name, 0.0) / totals[shape] for shape, of in parts.items()),
+    )
+    rows = [
+        [f"`{name}`", *(f"{of.get(name, 0.0) / totals[shape]:.0%}" for shape, of in parts.items())] for name in names
+    ]
+    return table(["operator", *(shape.replace(",", " · ") for shape in parts)], rows)
+
+
+def encoding(result: dict[str, Any]) -> str:
+    rate = result["rows_per_second"]
+    row = [f"{result['rows']:,} × {result['d_in']}", f"{result['num_latents']:,}", str(result["k"])]
+    row += [f"{rate['encode']:,}", f"{rate['product']:,}", f"{result['throughput_over_product']:.2f}"]
+    header = ["rows × d_in", "latents", "k", "encoded rows a second", "the product's", "share"]
+    return table(header, [row]) + "\n\n" + source(result, result["machine"], "sae-encoding.json")
+
+
+def extraction(result: dict[str, Any]) -> str:
+    rows = []
+    for model, found in result["models"].items():
+        folder, sweep = found["folder"], found["sweep"]
+        rows.append(
+            [
+                MODELS[model],
+                f"{found['overhead']['ratio']:.2f}",
+                f"{found['early_exit']['ratio']:.2f}",
+                f"{sweep['ratio']:.2f}",
+                f"{sweep['times_faster']:.1f}",
+                f"{folder['ratio']:.2f}",
+                f"{folder['share_of_limit']:.2f}",
+            ]
+        )
+    header = ["", "over the bare modules", "`bottleneck` over the whole U-Net", "5 × 5 cells over the minimum"]
+    header += ["times faster than a pass a cell", "JPEG folder, share of compute alone", "share of compute + decoding"]
+    return table(header, rows) + "\n\n" + source(result, result["machine"], "extraction-speed.json")
+
+
+def recovery(result: dict[str, Any]) -> str:
+    def spread(values: dict[str, float]) -> str:
+        return f"{values['mean']:.3f} ({values['min']:.3f} to {values['max']:.3f})"
+
+    measures = ("found", "mean_max_cosine", "dead in 65,536", "explained")
+    rows = []
+    for line in sorted(result["summary"], key=lambda line: (line["setting"], -line["mean_max_cosine"]["mean"])):
+        d_in, directions, latents, k = line["setting"]
+        of = f"d {d_in}, {directions} directions, n {latents:,}, k {k}"
+        rows.append([of, line["contender"], str(len(line["seeds"])), *(spread(line[name]) for name in measures)])
+    header = ["setting", "contender", "seeds", "found", "mean maximal cosine", "dead", "explained variance"]
+    return table(header, rows) + "\n\n" + source(result, result["machine"], "sae-recovery.json")
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "training": ("sae-training-speed.json", training),
+    "memory": ("sae-training-speed.json", memory),
+    "profile": ("sae-training-profile.json", profile),
+    "encoding": ("sae-encoding.json", encoding),
+    "extraction": ("extraction-speed.json", extraction),
+    "recovery": ("sae-recovery.json", recovery),
+}
+
+
+def filled(page: str, results: Path) -> str:
+    """The page's text with its tables as the results have them.
+
+    Raises:
+        ValueError: for a mark that names no table.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        if match["name"] not in TABLES:
+            raise ValueError(f"There is no table {match['name']!r}; known: {', '.join(TABLES)}.")
+        file, render = TABLES[match["name"]]
+        return f"{match[1]}{render(read_json(results / file))}\n{match[3]}"
+
+    return MARK.sub(replace, page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is not of the results")
+    args = parser.parse_args()
+    stale = []
+    for name in PAGES:
+        page = DOCS / name
+        text = page.read_text(encoding="utf-8")
+        new = filled(text, DOCS / "results")
+        if new != text:
+            stale.append(name)
+            if not args.check:
+                write_atomically(page, lambda path, new=new: path.write_text(new, encoding="utf-8"))
+    print("\n".join(f"{name}: {'not of the results' if args.check else 'written'}" for name in stale) or "as it was")
+    sys.exit(1 if args.check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()
