@@ -110,3 +110,9 @@ def test_wide_features_of_several_subsets_at_once_are_refused() -> None:
     rows, labels = draw(20, 30)
     with pytest.raises(ValueError, match="wider than there are rows are fitted one subset at a time"):
         next(logistic_path(rows, labels, 5, (1.0,), subsets=torch.ones(2, 20, dtype=torch.bool)))
+
+
+def test_shares_of_few_classes_are_the_softmax() -> None:
+    for classes in (2, logistic.FEW_CLASSES, logistic.FEW_CLASSES + 1):
+        logits = 300 * torch.randn(7, 2, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(classes))
+        torch.testing.assert_close(logistic._softmax(logits), logits.softmax(2), rtol=1e-12, atol=1e-15)

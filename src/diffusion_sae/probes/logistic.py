@@ -9,6 +9,7 @@ from torch import Tensor
 
 MEMORY = 10
 MAX_ITERATIONS = 500
+FEW_CLASSES = 32
 # up to so many numbers the products are made in fp64, which costs nothing there
 EXACT_BELOW = 2**20
 TOLERANCE = 1e-12
@@ -128,7 +129,7 @@ class _Problem:
 
     def residual(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """p, and p − y."""
-        probabilities = logits.softmax(2)
+        probabilities = _softmax(logits)
         residual = probabilities.clone()
         residual[torch.arange(self.shape[0], device=logits.device), :, self.labels] -= 1
         return probabilities, residual
@@ -154,6 +155,14 @@ class _Problem:
         if self.turned is not None:
             matrix = matrix @ self.turned.double().T
         return LogisticSolution(l2, self.mean, self.std, matrix, bias, loss, iterations)
+
+
+def _softmax(logits: Float[Tensor, "n S K"]) -> Float[Tensor, "n S K"]:
+    """Over the classes. torch's own takes four times as long where they are few (4,000 × 3 × 10 on a CPU)."""
+    if logits.shape[2] > FEW_CLASSES:
+        return logits.softmax(2)
+    shares = (logits - logits.amax(2, keepdim=True)).exp_()
+    return shares.div_(shares.sum(2, keepdim=True))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
