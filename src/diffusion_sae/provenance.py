@@ -66,6 +66,13 @@ class ExtractorConfig(JsonConfig):
     """Guidance embedding of guidance-distilled denoisers; other models refuse it."""
     random_weights: bool = False
     """Baseline: the same denoiser freshly initialised from `seed`; VAE and text encoder stay trained."""
+    views: int = 0
+    """Augmented views of each image in a store, beside the plain image: a random crop, resized, and a flip, drawn by
+    (seed, image id, number of the view), with noise of their own (Revelio's augmentation, made once)."""
+    view_area: float | int = 0.8
+    """Smallest share of the image's area that a view's crop has; proportions from 3:4 to 4:3."""
+    view_flip: bool = True
+    """Whether half of the views are mirrored; not for images whose left and right mean something, such as text."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "timesteps"):
@@ -101,6 +108,15 @@ class ExtractorConfig(JsonConfig):
         if self.guidance is not None:
             check_number("guidance", self.guidance, 0)
             object.__setattr__(self, "guidance", float(self.guidance))  # 1 and 1.0 have one fingerprint
+        self._check_views()
+
+    def _check_views(self) -> None:
+        check_integer("views", self.views, 0)
+        check_number("view_area", self.view_area, 0, 1, open_low=True)
+        object.__setattr__(self, "view_area", float(self.view_area))
+        check_choice("view_flip", self.view_flip, (True, False))
+        given = [name for name in ("view_area", "view_flip") if getattr(self, name) != getattr(type(self), name)]
+        check(self.views > 0 or not given, f"{' and '.join(given)} are of views, of which there are none: set views.")
 
     def _check_prompts(self) -> None:
         check_choice("prompt_from", self.prompt_from, PROMPT_SOURCES)
@@ -157,12 +173,21 @@ class Provenance(ExtractorConfig):
             check_choice("timestep", one, self.timesteps)
         return dataclasses.replace(self, layers=(layer,), timesteps=timesteps)
 
+    def plain(self) -> Self:
+        """The record of the plain images' features, which are the same with and without views."""
+        return dataclasses.replace(self, views=0, view_area=type(self).view_area, view_flip=type(self).view_flip)
+
+    def listed(self) -> list[tuple[str, Any]]:
+        """Settings for a card; those of views where there are any."""
+        return [(k, v) for k, v in self.settings.to_dict().items() if self.views or not k.startswith("view")]
+
     def describe(self) -> str:
+        views = f" · {self.views} views" if self.views else ""
         prompt = f" · prompt {self.prompt!r}" if self.prompt else ""
         random = " · random weights" if self.random_weights else ""
         return (
             f"{self.model}{random} · {', '.join(self.layers)} · t={', '.join(map(str, self.timesteps))} · "
-            f"{self.pooling}{prompt} · seed {self.seed} · {self.image_size} px · {self.dtype} · "
+            f"{self.pooling}{prompt}{views} · seed {self.seed} · {self.image_size} px · {self.dtype} · "
             f"weights {self.weights} · fingerprint {self.fingerprint}"
         )
 

@@ -35,6 +35,9 @@ SETTINGS = {
     "revision": "v1.0",
     "guidance": 3.5,
     "random_weights": True,
+    "views": 4,
+    "view_area": 0.5,
+    "view_flip": False,
 }
 
 
@@ -157,6 +160,9 @@ def test_fingerprint_covers_all_that_decides_the_numbers():
         {"dtype": "float32"},
         {"guidance": 1.0},
         {"random_weights": False},
+        {"views": 5},
+        {"view_area": 0.9},
+        {"view_flip": True},
     ]
     fingerprints = {record(**change).fingerprint for change in changes}
     assert len(fingerprints | {record().fingerprint}) == len(changes) + 1
@@ -168,7 +174,8 @@ def test_fingerprint_is_the_same_in_every_process():
     """A changed rule would make all published artifacts strangers to all stores: change it with the format alone."""
     assert fingerprint_of({"b": [1, 2.5], "a": "ü"}) == fingerprint_of({"a": "ü", "b": [1, 2.5]})
     assert fingerprint_of({"a": 1}) == "015abd7f5cc57a2d"
-    assert record().fingerprint == "020a0efb33457417"
+    assert record().plain().fingerprint == "020a0efb33457417"
+    assert record().fingerprint == "31e1eabd6208f195"
 
 
 def test_a_setting_at_its_default_leaves_the_fingerprint_as_it_is():

@@ -16,13 +16,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-store", help="store to report on, once, after everything is chosen")
     add_selection(parser)
     add_labels(parser)
+    parser.add_argument(
+        "--augment",
+        action="store_true",
+        help="train on the augmented views of the store, made by `diffusion-sae extract --views N`",
+    )
     parser.add_argument("--sae", help="of --head sae: folder or name of the SAE")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
     add_options(parser, "probe", *PROBE, leave_out=SETTLED)
     add_options(parser, "training", *PROBE_TRAINING)
 
 
-def _features(path: str | None, args: argparse.Namespace, head: str) -> Any:
+def _features(path: str | None, args: argparse.Namespace, head: str, view: int = 0) -> Any:
     """One layer and timestep of a store; for fusion all of them, or those of --layer and --timestep."""
     from .. import FeatureStore
 
@@ -30,9 +35,20 @@ def _features(path: str | None, args: argparse.Namespace, head: str) -> Any:
         return None
     store = FeatureStore(path)
     if head != "fusion":
-        return select(store, args)
+        return select(store, args, view=view)
     layers, timesteps = (None if one is None else [one] for one in (args.layer, args.timestep))
-    return store.aligned(layers, timesteps, labels=args.labels)
+    return store.aligned(layers, timesteps, labels=args.labels, view=view)
+
+
+def _views(args: argparse.Namespace, head: str) -> list[Any]:
+    from .. import FeatureStore
+
+    if not args.augment:
+        return []
+    count = FeatureStore(args.store).num_views
+    if not count:
+        raise ValueError(f"--augment needs views, which {args.store} does not have: extract with --views N.")
+    return [_features(args.store, args, head, view) for view in range(1, count + 1)]
 
 
 def _probe(args: argparse.Namespace, features: Any, settings: dict[str, Any]) -> Any:
@@ -56,10 +72,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     settings = given(args, *PROBE, leave_out=SETTLED)
     stores = (args.store, args.validation_store, args.test_store)
-    features, validation, test = (_features(path, args, settings.get("head", "linear")) for path in stores)
+    head = settings.get("head", "linear")
+    features, validation, test = (_features(path, args, head) for path in stores)
     training = ProbeTrainingArguments.from_dict(given(args, *PROBE_TRAINING))
     probe = _probe(args, features, settings)
-    trainer = ProbeTrainer(probe.to(args.device), features, training, validation_features=validation)
+    views = _views(args, head)
+    trainer = ProbeTrainer(probe.to(args.device), features, training, validation_features=validation, views=views)
     result = trainer.train()
     of_validation = {f"validation_{name}": value for name, value in result.validation.values.items()}
     summary = {"probe": training.output_dir, **of_validation, **result.chosen}

@@ -23,10 +23,12 @@ def _only(name: str, given: Any, values: Sequence[Any]) -> Any:
     return values[0] if given is None else given
 
 
-def select(store: "FeatureStore", args: argparse.Namespace, timesteps: Sequence[int] | None = None) -> "FeatureSet":
+def select(
+    store: "FeatureStore", args: argparse.Namespace, timesteps: Sequence[int] | None = None, *, view: int = 0
+) -> "FeatureSet":
     """`timesteps`: what is taken together where no --timestep is given."""
     labels = getattr(args, "labels", None)  # of commands that use any
     layer = _only("layer", args.layer, store.layers)
     if timesteps is not None and args.timestep is None:
-        return store.select(layer, timesteps, labels=labels)
-    return store.select(layer, _only("timestep", args.timestep, store.timesteps), labels=labels)
+        return store.select(layer, timesteps, labels=labels, view=view)
+    return store.select(layer, _only("timestep", args.timestep, store.timesteps), labels=labels, view=view)

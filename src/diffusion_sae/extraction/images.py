@@ -81,11 +81,17 @@ def preprocess(
     image: Image.Image, size: int, *, crop: str = "center", resample: str = "bicubic"
 ) -> Float[Tensor, "3 size size"]:
     """Middle square, or with crop="none" the whole image, resized to size × size; values in [-1, 1]."""
-    if image.size != (size, size):
-        width, height = (min(image.size),) * 2 if crop == "center" else image.size
-        left, top = (image.width - width) / 2, (image.height - height) / 2
-        # resampled within the crop alone: a strip of 1 × 10,000 pixels would not fit into memory otherwise
-        box = (left, top, left + width, top + height)
+    width, height = (min(image.size),) * 2 if crop == "center" else image.size
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    return resized_box(image, (left, top, left + width, top + height), size, resample)
+
+
+def resized_box(
+    image: Image.Image, box: tuple[float, float, float, float], size: int, resample: str
+) -> Float[Tensor, "3 size size"]:
+    """A part of the image (left, top, right, bottom), resized to size × size; values in [-1, 1]."""
+    if image.size != (size, size) or box != (0, 0, size, size):
+        # resampled within the box alone: a strip of 1 × 10,000 pixels would not fit into memory otherwise
         image = image.resize((size, size), Image.Resampling[resample.upper()], box=box)
     # numpy: at the size of a small model a call of torch takes longer than its arithmetic
     pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)  # (H, W, 3) -> (3, H, W)

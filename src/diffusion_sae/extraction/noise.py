@@ -13,9 +13,13 @@ def seeded_noise(shape: tuple[int, ...], *, seed: int, image_id: str, timestep: 
     `member` numbers the draws of an ensemble; the first is the one that stands alone without an ensemble.
     """
     name = f"{seed}|{image_id}|{timestep}" + (f"|ensemble {member}" if member else "")
+    return torch.randn(shape, generator=generator_named(name))
+
+
+def generator_named(name: str) -> torch.Generator:
+    """Of random numbers that depend on the name alone."""
     key = hashlib.sha256(name.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-    return torch.randn(shape, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
 
 
 def noise_batch(

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from .._overlap import computed_ahead
 from ..features import Shard
+from ..features.layout import Key
 from .images import ImageError, image_id, to_pixel_value
 from .sources import TEXT_COLUMNS, ImageSource
+from .views import cut_views, view_id
 
 if TYPE_CHECKING:
     from .extractor import DiffusionFeatureExtractor
@@ -26,7 +28,9 @@ class LoadedImage:
     pixel_values: Tensor | None = None
     id: str = ""
     error: ImageError | None = None
-    """Why it is broken; then the other two are empty."""
+    """Why it is broken; then all else is empty."""
+    views: Sequence[Tensor] = ()
+    """Augmented views, of the shape of pixel_values."""
 
 
 class Reading:
@@ -53,10 +57,16 @@ class Reading:
         extractor = self.extractor
         size, name = extractor.backbone.image_size, self.source.names[row]
         try:
-            image = to_pixel_value(self.source.read(row), size, name, **extractor.preprocessing)
+            source = self.source.read(row)
+            image = to_pixel_value(source, size, name, **extractor.preprocessing)
         except ImageError as error:
             return LoadedImage(row, error=error)
-        return LoadedImage(row, image, image_id(image))
+        if not extractor.config.views:
+            return LoadedImage(row, image, image_id(image))
+        if isinstance(source, Tensor):
+            raise TypeError("Views are cut out of images, and these data are tensors. Give images, or leave views out.")
+        views = cut_views(source, size, image_id(image), extractor.config)
+        return LoadedImage(row, image, image_id(image), views=views)
 
     def add(self, batch: list[LoadedImage], shard: Shard) -> None:
         """Features of a batch.
@@ -74,12 +84,20 @@ class Reading:
         kept = [image for image in batch if image.pixel_values is not None]
         if kept:
             rows, ids = [image.row for image in kept], [image.id for image in kept]
-            pixel_values = torch.stack([image.pixel_values for image in kept if image.pixel_values is not None])
-            prompts = None if self.texts is None else [self.texts[row] for row in rows]
-            features = self.extractor.features_of(pixel_values, ids, prompts)
             more_labels = {name: [further.values[r] for r in rows] for name, further in source.more_labels.items()}
             names, labels = [source.names[r] for r in rows], [source.labels[r] for r in rows]
-            shard.add(dict(features), ids, names, labels, more_labels)
+            shard.add(self._features(kept), ids, names, labels, more_labels)
+
+    def _features(self, images: list[LoadedImage]) -> dict[Key, Tensor]:
+        """Of the plain images and of all their views."""
+        prompts = None if self.texts is None else [self.texts[image.row] for image in images]
+        found: dict[Key, Tensor] = {}
+        for view in range(self.extractor.config.views + 1):
+            pixels = [image.views[view - 1] if view else image.pixel_values for image in images]
+            ids = [view_id(image.id, view) if view else image.id for image in images]
+            features = self.extractor.features_of(torch.stack(pixels), ids, prompts)  # type: ignore[arg-type]
+            found |= {(*key, view) if view else key: value for key, value in features.items()}
+        return found
 
 
 def with_texts(source: ImageSource, prompts: Sequence[str] | None, prompt_from: str) -> ImageSource:

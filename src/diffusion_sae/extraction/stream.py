@@ -81,6 +81,9 @@ class OnTheFlyFeatures(BufferedBatches):
         """
         pooling = extractor.config.pooling
         check(pooling != "none", "Batches are of rows (d_in,): pooling must be mean, max or tokens, got 'none'.")
+        check(
+            not extractor.config.views, "Views are of stores: give an extractor without views, or extract into a store."
+        )
         for name, value, low in (("limit", limit, 1), ("hold_out", hold_out, 0), ("buffer_bytes", buffer_bytes, 1)):
             if value is not None:
                 check_integer(name, value, low)

@@ -29,7 +29,7 @@ class AlignedFeatures(Mapping[tuple[str, int], FeatureSet]):
         _require_grid(list(self._sets))
         first = next(iter(self._sets.values()))
         for key, one in self._sets.items():
-            if one.num_images != first.num_images or not _agree(one.image_ids, first.image_ids):
+            if one.num_images != first.num_images or not same_images(one, first):
                 raise ValueError(
                     f"{tensor_name(*key)} is of other images than {tensor_name(*next(iter(self._sets)))}: aligned "
                     "features are of the same images in the same order. Take them from one store."
@@ -37,6 +37,7 @@ class AlignedFeatures(Mapping[tuple[str, int], FeatureSet]):
             if not _same_labels(one.image_labels, first.image_labels):
                 raise ValueError(f"{tensor_name(*key)} has other labels than {tensor_name(*next(iter(self._sets)))}.")
         self.num_images = first.num_images
+        self.image_ids = first.image_ids
         self.image_labels = first.image_labels
         self.class_names = first.class_names
         self.provenance = self._joint_provenance()
@@ -105,8 +106,9 @@ def _require_grid(keys: list[tuple[str, int]]) -> None:
         raise ValueError(f"AlignedFeatures need every layer at every timestep; {', '.join(missing)} is missing.")
 
 
-def _agree(one: Sequence[str] | None, other: Sequence[str] | None) -> bool:
-    return one is None or other is None or list(one) == list(other)
+def same_images(one: FeatureSet | AlignedFeatures, other: FeatureSet | AlignedFeatures) -> bool:
+    """Whether image i is the same in both, as far as their ids are known."""
+    return one.image_ids is None or other.image_ids is None or list(one.image_ids) == list(other.image_ids)
 
 
 def _same_labels(one: Tensor | None, other: Tensor | None) -> bool:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def _check_files(folder: Path, number: int, mark: ShardMark, manifest: Manifest,
 
 def _check_data(path: Path, expected: str, mark: ShardMark, manifest: Manifest, shapes: dict[str, Any]) -> None:
     record = manifest.record
-    names = {tensor_name(layer, t) for layer in record.layers for t in record.timesteps} if mark.rows else set()
+    keys = product(record.layers, record.timesteps, range(record.views + 1)) if mark.rows else ()
+    names = {tensor_name(*key) for key in keys}
     header, _ = read_header(path)
     says = header.pop(METADATA, {}).get("shard")
     if says != expected or set(header) != names:

@@ -1,7 +1,8 @@
 """The files of a store: what they are called, and what each says of itself.
 
     features/pets/manifest.json            provenance, class names, and of which data sets the images are
-                  shard-00000.safetensors  one tensor a (layer, timestep), named `up_ft1@25`: (n, C), (n, T, C), …
+                  shard-00000.safetensors  one tensor a (layer, timestep), named `up_ft1@25`: (n, C), (n, T, C), …; of
+                                           augmented views of the images one each: `up_ft1@25|view 1`
                   shard-00000.parquet      image_id, source, label of its rows, and further labels: label_subgroup
                   shard-00000.json         its mark: rows, bytes and SHA-256 of both files, images that were skipped
 
@@ -39,8 +40,12 @@ TYPES = {
 }
 
 
-def tensor_name(layer: str, timestep: int) -> str:
-    return f"{layer}@{timestep}"
+Key = tuple[Any, ...]
+"""(layer, timestep), and of an augmented view (layer, timestep, view)."""
+
+
+def tensor_name(layer: str, timestep: int, view: int = 0) -> str:
+    return f"{layer}@{timestep}" + (f"|view {view}" if view else "")
 
 
 def shard_name(number: int) -> str:

@@ -36,7 +36,7 @@ def push_store(store: "FeatureStore", repo_id: str, **hub: Any) -> str:
 
 def _card(store: "FeatureStore", repo_id: str) -> Any:
     record, classes = store.provenance, store.class_names
-    settings = [*record.settings.to_dict().items(), ("weights", record.weights), ("fingerprint", record.fingerprint)]
+    settings = [*record.listed(), ("weights", record.weights), ("fingerprint", record.fingerprint)]
     contents = [
         ("images", f"{len(store):,}"),
         ("skipped, as they could not be read", len(store.skipped)),
@@ -98,6 +98,6 @@ def _read_shard(
         labels=chosen.read(index),
         image_ids=StringColumn(index["image_id"]),
         class_names=chosen.class_names,
-        provenance=manifest.record.select(*key),
+        provenance=manifest.record.select(*key).plain(),
         timesteps=key[1:],
     )

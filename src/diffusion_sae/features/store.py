@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from .._config import check_integer
 from ..hub.dataset import download_dataset
 from .aligned import AlignedFeatures
 from .checks import damaged_files, finished_shards, read_index, require_all
@@ -134,7 +135,14 @@ class FeatureStore:
     def _no_images(self) -> ValueError:
         return ValueError(f"The feature store {str(self.path)!r} holds no images yet. Run the extraction to its end.")
 
-    def select(self, layer: str, timestep: int | Sequence[int], *, labels: str | None = None) -> FeatureSet:
+    @property
+    def num_views(self) -> int:
+        """Augmented views of each image, beside the plain one."""
+        return self.provenance.views
+
+    def select(
+        self, layer: str, timestep: int | Sequence[int], *, labels: str | None = None, view: int = 0
+    ) -> FeatureSet:
         """Features of one layer, memory-mapped.
 
         Args:
@@ -142,11 +150,14 @@ class FeatureStore:
             timestep: one of `timesteps`, or several: then all rows of the first come first, of the same images in the
                 same order at each, and `timesteps` of the FeatureSet says which a row is of.
             labels: one of `label_names`, such as fine classes instead of coarse ones; default the first.
+            view: 0: the plain images; 1…num_views: an augmented view of each, in the same order.
 
         Raises:
-            ValueError: for a layer, timestep or labels that the store does not have, and for repeated timesteps.
+            ValueError: for a layer, timestep, labels or view that the store does not have, and for repeated timesteps.
         """
+        check_integer("view", view, 0, self.num_views)
         provenance = self.provenance.select(layer, timestep)
+        provenance = provenance if view else provenance.plain()
         chosen = self.manifest.labels_named(labels)
         if not len(self):
             raise self._no_images()
@@ -155,7 +166,7 @@ class FeatureStore:
             raise ValueError(f"Not all images in {str(self.path)!r} have one of the labels {labels!r}.")
         positions = self._rows_per_image(layer, provenance.timesteps[0])
         return FeatureSet(
-            [block for t in provenance.timesteps for block in self._blocks(layer, t)],
+            [block for t in provenance.timesteps for block in self._blocks(layer, t, view)],
             rows_per_image=positions * len(provenance.timesteps),
             labels=values,
             image_ids=self.image_ids,
@@ -170,21 +181,24 @@ class FeatureStore:
         timesteps: Sequence[int] | None = None,
         *,
         labels: str | None = None,
+        view: int = 0,
     ) -> AlignedFeatures:
         """Features of several layers and timesteps side by side, for a fusion probe; default all of the store.
 
+        `labels` and `view` as in `select`.
+
         Raises:
-            ValueError: for a layer, timestep or labels that the store does not have.
+            ValueError: for a layer, timestep, labels or view that the store does not have.
         """
         keys = [(layer, t) for layer in layers or self.layers for t in timesteps or self.timesteps]
-        return AlignedFeatures({key: self.select(*key, labels=labels) for key in keys})
+        return AlignedFeatures({key: self.select(*key, labels=labels, view=view) for key in keys})
 
-    def _blocks(self, layer: str, timestep: int) -> list[MappedRows]:
+    def _blocks(self, layer: str, timestep: int, view: int) -> list[MappedRows]:
         positions = self._rows_per_image(layer, timestep)
         _, *shape = self._shape(layer, timestep)
         if self.provenance.pooling == "tokens":
             shape = shape[1:]  # (n, T, C) -> (n·T, C)
-        name = tensor_name(layer, timestep)
+        name = tensor_name(layer, timestep, view)
         return [
             MappedRows(self.path / (shard_name(number) + DATA), name, [mark.rows * positions, *shape])
             for number, mark in self.marks.items()
@@ -200,7 +214,7 @@ class FeatureStore:
         as `label_subgroup` and the like, for tokens `position`, and one of features a layer and timestep, named like
         the tensor: `up_ft1@25`. Features are lists of fixed length, (C,), or nested ones, (C, h, w); a row is an image,
         for tokens a position of one. Their type is the stored one, save that bfloat16, which Arrow does not have,
-        becomes float32.
+        becomes float32. Of the plain images, without views.
 
         Args:
             layer, timestep: only these; default all.

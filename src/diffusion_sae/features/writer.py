@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +18,7 @@ from ..provenance import DTYPES, Provenance
 from .beginning import DataRecord, begin_or_continue
 from .checks import finished_shards
 from .labels import LABEL, LabelSet, index_schema
-from .layout import DATA, INDEX, MANIFEST, MARK, Manifest, Part, ShardMark, shard_name, tensor_name
+from .layout import DATA, INDEX, MANIFEST, MARK, Key, Manifest, Part, ShardMark, shard_name, tensor_name
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Shard:
 
     dtype: torch.dtype | None = None
     """Type they are stored in; None: as they come."""
-    features: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    features: dict[Key, list[Tensor]] = field(default_factory=dict)
     image_ids: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     labels: list[int | None] = field(default_factory=list)
@@ -36,13 +36,15 @@ class Shard:
 
     def add(
         self,
-        features: dict[tuple[str, int], Tensor],
+        features: Mapping[Any, Tensor],
         image_ids: Sequence[str],
         sources: Sequence[str],
         labels: Sequence[int | None],
         more_labels: Mapping[str, Sequence[int | None]] | None = None,
     ) -> None:
         """Images of one batch: features {(layer, timestep): (B, …)} and one entry an image of the others.
+
+        Of augmented views of the images: {(layer, timestep, view): (B, …)} as well.
 
         The further labels go by the names that the store was begun with.
 

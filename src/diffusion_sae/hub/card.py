@@ -50,7 +50,7 @@ def render_card(
     metrics: Mapping[str, Any],
     trained: bool,
 ) -> ModelCard:
-    settings = [] if provenance is None else list(provenance.settings.to_dict().items())
+    settings = [] if provenance is None else provenance.listed()
     if provenance is not None:
         settings += [("weights", provenance.weights), ("fingerprint", provenance.fingerprint)]
     return ModelCard.from_template(

@@ -9,7 +9,6 @@ from tqdm.auto import tqdm
 
 from .._training import MetricsLogger, load_checkpoint, require_finite_loss, save_checkpoint
 from ..features.order import epoch_order, generator_of
-from .examples import to_device
 from .results import ProbeMetrics, ProbeTrainingResult
 from .run import Run
 
@@ -75,7 +74,7 @@ def _epoch(run: Run, epoch: int, optimizer: torch.optim.Optimizer) -> float:
         for numbers in order.split(args.batch_size):
             if len(numbers) == 1 and len(order) > 1:
                 continue  # BatchNorm cannot learn from a single row
-            batch = to_device(run.examples.batch(numbers), probe.device)
+            batch = run.step_batch(numbers, epoch)
             with torch.autocast(probe.device.type, torch.bfloat16, enabled=args.bf16):
                 logits = probe(features=batch).logits
             loss = run.losses(logits.float(), run.labels[numbers].to(probe.device)).mean()

@@ -1,6 +1,7 @@
 """Features as heads take them, example by example: a row, or an image with all its positions and inputs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..features import AlignedFeatures, FeatureSet
 from ..features.layout import tensor_name
-from ..features.order import held_out_images
+from ..features.order import generator_of, held_out_images
 
 Features = Tensor | dict[str, Tensor]
 """Of a head, (N, …); of fusion one for each input by its name `layer@timestep`."""
@@ -71,6 +72,34 @@ class Examples:
         count = max(1, round(self.num_images * fraction))
         held = held_out_images(self.num_images, count, seed=seed)[self.image_index]
         return torch.nonzero(~held).flatten(), torch.nonzero(held).flatten()
+
+
+class Views:
+    """Augmented views of examples: in each epoch one of them stands for an image, drawn by (seed, epoch)."""
+
+    def __init__(self, views: Sequence[Examples]) -> None:
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def batch(self, numbers: Int[Tensor, " n"], *, seed: int, epoch: int) -> Features:
+        """The examples with these numbers, each of the view that its image has in this epoch."""
+        of_images = _drawn(len(self.views), self.views[0].num_images, seed, epoch)
+        drawn = of_images[self.views[0].image_index[numbers]]
+        used = drawn.unique().tolist()
+        parts = [self.views[view].batch(numbers[drawn == view]) for view in used]
+        # back into the order of the numbers
+        places = torch.cat([torch.nonzero(drawn == view).flatten() for view in used]).argsort()
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)[places]  # type: ignore[arg-type]
+        return {name: torch.cat([part[name] for part in parts])[places] for name in parts[0]}  # type: ignore[index]
+
+
+@lru_cache(maxsize=2)  # every step of an epoch asks for it
+def _drawn(views: int, images: int, seed: int, epoch: int) -> Int[Tensor, " images"]:
+    """A view an image; the generator is none that orders of rows use, whose epochs are not below -1."""
+    return torch.randint(views, (images,), generator=generator_of(seed=seed, epoch=-2 - epoch))
 
 
 def by_name(features: Mapping[Any, Tensor]) -> dict[str, Tensor]:

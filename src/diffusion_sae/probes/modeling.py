@@ -199,7 +199,11 @@ class DiffusionProbe(ArtifactModel):
     def require_features(self, features: FeatureSet | AlignedFeatures, *, allow_mismatch: bool = False) -> None:
         """Refuse features of another extraction or shape."""
         require_same_provenance(self.provenance, features.provenance, "This probe", allow_mismatch=allow_mismatch)
-        self._checked(self.examples(features).batch(torch.tensor([0])))
+        self.require_shape(self.examples(features))
+
+    def require_shape(self, examples: Examples) -> None:
+        """Refuse what the head does not take, by the first example."""
+        self._checked(examples.batch(torch.tensor([0])))
 
     @torch.no_grad()
     def predict(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .examples import Examples, Features, to_device
+from .examples import Examples, Features, Views, to_device
 from .modeling import DiffusionProbe
 from .results import ProbeMetrics
 from .tasks import Task
@@ -27,6 +27,8 @@ class Run:
     class_weights: Tensor | None
     output_dir: Path
     progress: bool
+    views: Views | None
+    """Augmented views of all examples, which are trained on in their place."""
     name: str
     """Fingerprint of settings and features, for the checkpoint."""
 
@@ -46,6 +48,12 @@ class Run:
         """The training examples in order, in the head's shape, on its device."""
         for batch in self.examples.batches(self.rows):
             yield to_device(self.probe.head.arranged(batch), self.probe.device)
+
+    def step_batch(self, numbers: Tensor, epoch: int) -> Features:
+        """Examples of one step of an epoch, on the head's device."""
+        if self.views is None:
+            return to_device(self.examples.batch(numbers), self.probe.device)
+        return to_device(self.views.batch(numbers, seed=self.args.seed, epoch=epoch), self.probe.device)
 
     def training_labels(self) -> Tensor:
         return self.labels[self.rows].to(self.probe.device)

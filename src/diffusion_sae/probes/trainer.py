@@ -1,6 +1,6 @@
 """ProbeTrainer: fits on training rows, chooses on validation rows, reports on test rows once, when asked to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,9 +8,10 @@ from torch import Tensor
 
 from .._files import fingerprint_of, require_writable_folder
 from ..features import AlignedFeatures, FeatureSet
+from ..features.aligned import same_images
 from ..provenance import require_same_provenance
 from .epochs import fit_adamw
-from .examples import Examples, Features
+from .examples import Examples, Features, Views
 from .heads.base import Batches
 from .modeling import DiffusionProbe
 from .paths import fit_fista, fit_lbfgs, fit_memory
@@ -43,6 +44,7 @@ class ProbeTrainer:
         args: ProbeTrainingArguments,
         *,
         validation_features: FeatureSet | AlignedFeatures | None = None,
+        views: Sequence[FeatureSet | AlignedFeatures] = (),
         allow_mismatch: bool = False,
     ) -> None:
         """
@@ -51,6 +53,9 @@ class ProbeTrainer:
             features: rows, or for a fusion probe `FeatureStore.aligned(…)`; labels as the problem_type asks for.
             args: how to train.
             validation_features: what choices are made on; default a part of the training images.
+            views: augmented views of `features`, as `store.select(…, view=1)` gives them: each epoch of adamw trains on
+                one of them for each image, drawn by (seed, epoch). Choices are made on plain images, and of images that
+                are held out no view is trained on. Means and deviations of the features are those of plain images.
             allow_mismatch: take features of another extraction than the probe's.
 
         Raises:
@@ -67,6 +72,7 @@ class ProbeTrainer:
             held_out, labels = self._required(validation_features, "The validation features", allow_mismatch)
             self.train_rows, rows = torch.arange(len(self.examples)), torch.arange(len(held_out))
         self.validation: tuple[Features, Tensor] = (held_out.batch(rows), labels[rows])
+        self.views = self._required_views(views, allow_mismatch)
         self.optimizer_name = self._optimizer()
         self._refuse_unused_options()
         self.class_weights = class_weights_of(args, probe, self.labels[self.train_rows])
@@ -90,6 +96,7 @@ class ProbeTrainer:
         args, name = self.args, self.optimizer_name
         if name != "adamw":
             given = {"bf16": args.bf16, "balanced_sampling": args.balanced_sampling}
+            given["views"] = self.views is not None
             given["early_stopping_patience"] = args.early_stopping_patience is not None
             unused = [option for option, is_given in given.items() if is_given]
             if unused:
@@ -105,6 +112,11 @@ class ProbeTrainer:
         """Examples and labels; features of another shape or extraction than the training's, broken or badly labelled
         ones are refused.
         """
+        if given.provenance is not None and given.provenance.views:
+            raise ValueError(
+                f"{what} are of an augmented view. Give plain ones, store.select(…), and the views of the training "
+                "images as views=[…]."
+            )
         given.require_finite(what)
         self.probe.require_features(given, allow_mismatch=allow_mismatch)
         require_same_provenance(
@@ -112,6 +124,23 @@ class ProbeTrainer:
         )
         examples = self.probe.examples(given)
         return examples, self.probe.task.checked(examples.labels, self.probe.config.num_labels, what)
+
+    def _required_views(self, views: Sequence[FeatureSet | AlignedFeatures], allow_mismatch: bool) -> Views | None:
+        """Views of other images, another extraction or another shape are refused."""
+        plain, found = self.features, []
+        for number, view in enumerate(views, 1):
+            what = f"View {number} of the training features"
+            if view.num_images != plain.num_images or not same_images(view, plain):
+                raise ValueError(
+                    f"{what} is not of the same images in the same order ({view.num_images}, training features "
+                    f"{plain.num_images}). Take both from one store: store.select(…, view={number})."
+                )
+            view.require_finite(what)
+            recorded = None if view.provenance is None else view.provenance.plain()
+            require_same_provenance(plain.provenance, recorded, "This training", allow_mismatch=allow_mismatch)
+            found.append(self.probe.examples(view))
+            self.probe.require_shape(found[-1])
+        return Views(found) if found else None
 
     def _run(self, progress: bool) -> Run:
         return Run(
@@ -124,6 +153,7 @@ class ProbeTrainer:
             class_weights=self.class_weights,
             output_dir=require_writable_folder(self.args.output_dir),
             progress=progress,
+            views=self.views,
             name=self._run_name(),
         )
 
@@ -142,7 +172,8 @@ class ProbeTrainer:
         self.probe.provenance = self.features.provenance
         self.probe.metrics = {
             "validation": result.validation.record(),
-            "training": {"rows": len(self.train_rows), "optimizer": self.optimizer_name, **result.chosen},
+            "training": {"rows": len(self.train_rows), "optimizer": self.optimizer_name, **result.chosen}
+            | ({} if self.views is None else {"views": len(self.views)}),
         }
         return result
 
@@ -162,6 +193,8 @@ class ProbeTrainer:
         fields = [name for name in type(config).__annotations__ if name not in SET_BY_TRAINING]
         content: dict[str, Any] = {name: getattr(config, name) for name in (*fields, "num_labels", "problem_type")}
         content |= {key: value for key, value in self.args.to_dict().items() if key not in ("output_dir", "report_to")}
+        if self.views is not None:
+            content["views"] = [view.features.fingerprint() for view in self.views.views]
         return fingerprint_of(content | {"features": self.features.fingerprint(), "validation": self._held_out()})
 
     def _held_out(self) -> str:
