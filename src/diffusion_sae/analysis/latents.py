@@ -1,6 +1,5 @@
 """SAE latents and the images that activate them most, with the purity of those images' labels."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ..features import FeatureSet
 from ..sae.code import SparseCode
+from ..sae.latent_table import in_turns
 from ..sae.modeling import KSparseAutoencoder
 from .metrics.interpretability import purity
 
@@ -120,16 +120,7 @@ def purest_latents(statistics: LatentStatistics, purity: LabelPurity, count: int
     """
     acts = statistics.max_acts[purity.latents].tolist()
     best = sorted(range(len(acts)), key=lambda i: (-purity.purity[i].item(), -acts[i]))
-    return _spread_over_labels(best, purity.label.tolist(), count)
-
-
-def _spread_over_labels(order: Sequence[int], labels: Sequence[int], count: int) -> list[int]:
-    """The first `count` entries in turns over the labels."""
-    by_label: dict[int, list[int]] = defaultdict(list)
-    for entry in order:
-        by_label[labels[entry]].append(entry)
-    turns = max(map(len, by_label.values()), default=0)
-    return [entries[turn] for turn in range(turns) for entries in by_label.values() if turn < len(entries)][:count]
+    return in_turns(best, purity.label[best].tolist(), count)
 
 
 def shuffled_labels(labels: Int[Tensor, " images"], seed: int = 0) -> Int[Tensor, " images"]:

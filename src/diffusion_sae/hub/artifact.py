@@ -125,23 +125,23 @@ class ArtifactModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
         """Write the whole artifact, card included; the folder is complete or untouched."""
         repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
-        names = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
+        names = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "subfolder")
         hub = {key: kwargs.pop(key) for key in names if key in kwargs}
         with atomic_folder(save_directory) as folder:
             self._write_artifact(folder, repo_id, **kwargs)
             if kwargs.get("variant") is None:  # else it is saved beside what is there
                 _remove_leftovers(Path(save_directory), {path.name for path in folder.iterdir()})
         if push_to_hub:
-            self.push_to_hub(repo_id, **hub)
+            self.push_to_hub(repo_id, **hub, **{k: v for k, v in kwargs.items() if k == "max_shard_size"})
 
-    def _write_artifact(self, folder: Path, repo_id: str, **kwargs: Any) -> None:
+    def _write_artifact(self, folder: Path, repo_id: str, subfolder: str = "", **kwargs: Any) -> None:
         super().save_pretrained(folder, **kwargs)
         if self.provenance is not None:
             self.provenance.save(folder)
         if self.metrics:
             write_json(folder / METRICS_NAME, self.metrics)
         self._write_records(folder)
-        write_artifact_card(folder, self, repo_id)
+        write_artifact_card(folder, self, repo_id, subfolder)
 
     def _write_records(self, folder: Path) -> None:
         """What an artifact of this kind has beside its weights and what all have."""
@@ -156,9 +156,25 @@ class ArtifactModel(PreTrainedModel):
         layers, timesteps = ", ".join(self.provenance.layers), ", ".join(map(str, self.provenance.timesteps))
         return f" of `{layers}` of `{self.provenance.model}` at timestep {timesteps}"
 
-    def push_to_hub(self, repo_id: str, **hub: Any) -> str:  # type: ignore[override]
-        """Push weights, config, card and metrics in one commit; returns its URL. Arguments: see `push_folder`."""
-        return push_folder(repo_id, self._write_artifact, delete_patterns=_OPTIONAL_FILES, **hub)
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, subfolder: str = "", max_shard_size: int | str = "50GB", **hub: Any
+    ) -> str:
+        """Push weights, config, card and metrics in one commit; what is there already is not sent again.
+
+        Args:
+            repo_id: `owner/name`.
+            subfolder: where in the repository, for several artifacts in one.
+            max_shard_size: of a file of weights, as in `save_pretrained`.
+            **hub: see `push_folder`.
+
+        Returns:
+            URL of the commit, or of the pull request.
+        """
+
+        def write(folder: Path, repo_id: str) -> None:
+            self._write_artifact(folder, repo_id, subfolder, max_shard_size=max_shard_size)
+
+        return push_folder(repo_id, write, subfolder=subfolder, delete_patterns=_OPTIONAL_FILES, **hub)
 
 
 def _remove_leftovers(folder: Path, written: set[str]) -> None:

@@ -1,5 +1,6 @@
 """Model cards: data first, then text from the packaged template. Each number comes from the artifact's metrics."""
 
+import html
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .._files import write_atomically
-from ..provenance import Provenance
+from ..provenance import ExtractorConfig, Provenance
+from .card_metadata import card_data
 
 if TYPE_CHECKING:
     from .artifact import ArtifactModel
@@ -18,6 +20,19 @@ LIMITS = (
     "It describes what this layer of this model holds at this timestep, and nothing about other models, layers or "
     "timesteps. A latent's name, where there is one, is a summary of the images that activate it most."
 )
+ALWAYS_SHOWN = ("model", "layers", "timesteps", "pooling", "prompt", "seed", "image_size", "dtype")
+_DATA, _TRAINING, _NOTE = "data", "training", "note"
+
+
+def cell(value: object) -> str:
+    """A text as it is in a cell of a Markdown table, whatever is in it."""
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
+
+
+def _code(value: object) -> str:
+    text = cell(value).replace("`", "'")
+    return f"`{text}`" if text else "(empty)"
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -29,14 +44,18 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
         elif isinstance(value, float):
             rows.append((prefix + name, f"{value:.4g}"))
         elif isinstance(value, int | str):
-            rows.append((prefix + name, str(value)))
+            rows.append((prefix + name, cell(value)))
     return rows
 
 
-def _base_model(provenance: Provenance | None) -> str | None:
-    """The base model where it is a repository; folders and embedded models have no page to link to."""
-    name = None if provenance is None else provenance.model
-    return name if name is not None and name.count("/") == 1 and not Path(name).is_dir() else None
+def _settings(provenance: Provenance | None) -> list[tuple[str, str]]:
+    """What identifies the extraction, and every setting that is not at its default."""
+    if provenance is None:
+        return []
+    usual = ExtractorConfig().to_dict()
+    settings = {k: v for k, v in provenance.settings.to_dict().items() if k in ALWAYS_SHOWN or v != usual[k]}
+    settings |= {"weights": provenance.weights, "fingerprint": provenance.fingerprint}
+    return [(name, _code(value)) for name, value in settings.items()]
 
 
 def render_card(
@@ -49,34 +68,25 @@ def render_card(
     configuration: Sequence[tuple[str, object]],
     metrics: Mapping[str, Any],
     trained: bool,
+    latents: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    settings = [] if provenance is None else provenance.listed()
-    if provenance is not None:
-        settings += [("weights", provenance.weights), ("fingerprint", provenance.fingerprint)]
+    measured = {key: value for key, value in metrics.items() if key not in (_DATA, _TRAINING, _NOTE)}
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         title=title,
         summary=summary,
         usage=usage,
-        provenance=settings,
-        configuration=list(configuration),
-        metrics=_flat({key: value for key, value in metrics.items() if key != "note"}),
-        metrics_note=metrics.get("note", "As in `metrics.json`."),
+        provenance=_settings(provenance),
+        configuration=[(name, cell(value)) for name, value in configuration],
+        measured=_flat(measured),
+        measured_note=metrics.get(_NOTE, "As in `metrics.json`."),
+        training=_flat(metrics.get(_TRAINING, {})),
+        dataset=_flat(metrics.get(_DATA, {})),
         trained=trained,
+        latents=latents,
         limits=LIMITS,
         version=importlib.metadata.version("diffusion-sae"),
-    )
-
-
-def card_data(provenance: Provenance | None, pipeline_tag: str, tags: Sequence[str]) -> ModelCardData:
-    extra = [] if provenance is None else [*provenance.layers, *(f"timestep-{t}" for t in provenance.timesteps)]
-    return ModelCardData(
-        library_name="diffusion_sae",
-        license="apache-2.0",
-        base_model=_base_model(provenance),
-        pipeline_tag=pipeline_tag,
-        tags=["diffusion_sae", *tags, *extra],
     )
 
 
@@ -84,18 +94,20 @@ def _save(card: ModelCard, folder: Path) -> None:
     write_atomically(folder / "README.md", lambda path: path.write_text(str(card), encoding="utf-8"))
 
 
-def write_artifact_card(folder: Path, model: "ArtifactModel", repo_id: str) -> None:
+def write_artifact_card(folder: Path, model: "ArtifactModel", repo_id: str, subfolder: str = "") -> None:
     """README.md of an SAE or probe: what the model class says of itself, its extraction and its metrics."""
-    text = model.card_text(repo_id)  # type: ignore[operator]
+    text = model.card_text(repo_id, subfolder)  # type: ignore[operator]
+    title = "/".join(filter(None, (repo_id.rsplit("/", 1)[-1], subfolder)))
     card = render_card(
-        title=repo_id.rsplit("/", 1)[-1],
+        title=title,
         summary=text["summary"],
         usage=text["usage"],
-        data=card_data(model.provenance, text["pipeline_tag"], text["tags"]),
+        data=card_data(model.provenance, text["pipeline_tag"], text["tags"], title, model.metrics),
         provenance=model.provenance,
         configuration=text["configuration"],
         metrics=model.metrics,
         trained=bool(model.metrics),
+        latents=text.get("latents"),
     )
     _save(card, folder)
 

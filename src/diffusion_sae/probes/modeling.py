@@ -221,10 +221,10 @@ class DiffusionProbe(ArtifactModel):
         finally:
             self.train(training)
 
-    def _write_artifact(self, folder: Any, repo_id: str, **kwargs: Any) -> None:
+    def _write_artifact(self, folder: Any, repo_id: str, subfolder: str = "", **kwargs: Any) -> None:
         from .image_processing import DiffusionImageProcessor
 
-        super()._write_artifact(folder, repo_id, **kwargs)
+        super()._write_artifact(folder, repo_id, subfolder, **kwargs)
         made_for = self.provenance
         # without an extraction too: else the pipeline misses this file and says so, instead of what is really missing
         processor = (
@@ -234,16 +234,26 @@ class DiffusionProbe(ArtifactModel):
         )
         processor.save_pretrained(folder)
 
-    def card_text(self, repo_id: str) -> dict[str, Any]:
+    def card_text(self, repo_id: str, subfolder: str = "") -> dict[str, Any]:
         """What the model card says of this probe."""
         config = self.config
+        usage = (
+            "import diffusion_sae  # registers the pipeline\nfrom transformers import pipeline\n\n"
+            f'pipeline("diffusion-probe", model="{repo_id}")("image.png")'
+        )
+        if subfolder:
+            address = f'"{repo_id}", subfolder="{subfolder}"'
+            usage = (
+                "from diffusion_sae import DiffusionProbe\nfrom transformers import AutoImageProcessor, pipeline\n\n"
+                f"probe = DiffusionProbe.from_pretrained({address})\n"
+                f"processor = AutoImageProcessor.from_pretrained({address})\n"
+                'pipeline("diffusion-probe", model=probe, image_processor=processor)("image.png")'
+            )
         kinds = {"multi_label_classification": "labels", "regression": "outputs"}.get(config.problem_type, "classes")
         return {
             "summary": f"A {config.head} probe on the activations{self.origin()}: {config.num_labels} {kinds} "
             f"({', '.join(list(config.id2label.values())[:10])}{', …' if config.num_labels > 10 else ''}).",
-            "usage": "import diffusion_sae  # registers the pipeline\n"
-            "from transformers import pipeline\n\n"
-            f'pipeline("diffusion-probe", model="{repo_id}")("image.png")',
+            "usage": usage,
             "pipeline_tag": "image-classification",
             "tags": ["diffusion-probe"],
             "configuration": [(name, getattr(config, name)) for name in ("d_in", "head", *self.head.options)],

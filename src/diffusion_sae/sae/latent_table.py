@@ -2,12 +2,14 @@
 columns."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
@@ -156,6 +158,17 @@ class LatentTable:
             table = table.set_column(SCHEMA.names.index(column), field, pa.array(values, field.type))
         return type(self)(table, self.source)
 
+    def most_interpretable(self, count: int) -> list[int]:
+        """Latents that a person may look at first: by purity and then by activation, in turns over the labels, so that
+        a frequent one does not take all places. Without labels the strongest of those with all their top images.
+        """
+        columns = [self.table[name].to_pylist() for name in ("purity", "max_activation", "label")]
+        purity, largest, labels = columns
+        full = pa.compute.list_value_length(self.table["top_image_ids"]).to_pylist()
+        shown = [i for i in range(len(self)) if full[i] == self.source.images_per_latent]
+        order = sorted(shown, key=lambda i: (-(purity[i] or 0.0), -largest[i]))
+        return in_turns(order, [labels[i] for i in order], count)
+
     def save(self, path: str | Path) -> None:
         metadata = {_METADATA: json.dumps(vars(self.source), sort_keys=True)}
         table = self.table.replace_schema_metadata(metadata)
@@ -185,6 +198,15 @@ class LatentTable:
             raise ValueError(f"{path} is damaged ({error}). Download it again, or make the table anew.") from error
         described: Any = parse_json(metadata.get(_METADATA, b""), f"The description in {path}")
         return cls(table, LatentSource(**exact_keys(LatentSource, described, f"The description in {path}")))
+
+
+def in_turns(order: Sequence[int], labels: Sequence[Hashable], count: int) -> list[int]:
+    """The first `count` entries in turns over the labels of the entries."""
+    by_label: dict[Hashable, list[int]] = defaultdict(list)
+    for entry, label in zip(order, labels, strict=True):
+        by_label[label].append(entry)
+    turns = max(map(len, by_label.values()), default=0)
+    return [entries[turn] for turn in range(turns) for entries in by_label.values() if turn < len(entries)][:count]
 
 
 def _check_columns(schema: pa.Schema, what: str) -> None:

@@ -311,6 +311,6 @@ class KSparseAutoencoder(DescribedLatents, ArtifactModel):
                 "made for."
             )
 
-    def card_text(self, repo_id: str) -> dict[str, Any]:
+    def card_text(self, repo_id: str, subfolder: str = "") -> dict[str, Any]:
         """What the model card says of this SAE."""
-        return card_text(self, repo_id)
+        return card_text(self, repo_id, subfolder)

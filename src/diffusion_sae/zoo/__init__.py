@@ -7,6 +7,7 @@ _ROOT = Path(__file__).parent
 IMAGES = "fashion-mnist-mini"
 EMOJI = "emoji-mini"  # coarse and fine classes, a style of drawing a split
 _DATASETS = {IMAGES: "images", EMOJI: "emoji"}
+_ON_HUB = {IMAGES: "zalando-datasets/fashion_mnist"}  # what they were taken from
 DEFAULT_PROBE = "tiny-sd-up1-t50-fashion-mnist"
 
 
@@ -51,6 +52,11 @@ def resolve_source(name: str) -> str:
 def embedded_datasets() -> list[str]:
     """Names that `open_images` and `extract` take for the images that come with the package."""
     return list(_DATASETS)
+
+
+def dataset_on_hub(name: str) -> str | None:
+    """The data set on the Hub that an embedded one is a part of; None if there is none."""
+    return _ON_HUB.get(name)
 
 
 def embedded_images(split: str, dataset: str = IMAGES) -> Path:

