@@ -32,7 +32,6 @@ from diffusion_sae.extraction.reading import Reading
 from diffusion_sae.extraction.sources import open_images
 from diffusion_sae.provenance import ExtractorConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the published architectures
 LAYERS = ("down_ft2", "bottleneck", "up_ft0", "up_ft1", "up_ft2")
 TIMESTEPS = (10, 25, 50, 100, 200)
 SIZES = {  # images a batch, rounds, rounds of the slowest comparison

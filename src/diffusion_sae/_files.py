@@ -20,12 +20,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        mask = os.umask(0)  # mkstemp gives 0600; a finished file gets what open() would have given it
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        _usual_mode(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _usual_mode(path: Path) -> None:
+    """mkstemp gives 0600, and so does safetensors; a finished file gets what open() would have given it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -99,6 +104,9 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         temporary = Path(name, "content")
         temporary.mkdir()
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _usual_mode(file)
         if not folder.exists():
             temporary.replace(folder)
             return

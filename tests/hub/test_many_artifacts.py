@@ -11,6 +11,7 @@ import pytest
 
 from hub_server import HubServer
 
+pytestmark = pytest.mark.slow  # two processes that each train or load much
 RunClient = Callable[..., subprocess.CompletedProcess[str]]
 REPO, SHARDED, SINGLE = "revelio/tiny-saes", "revelio/sharded-saes", "revelio/tiny-mid-t25-pets"
 PUSH = f"""

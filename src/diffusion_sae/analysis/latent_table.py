@@ -35,11 +35,17 @@ def latent_table(
         raise ValueError("The features have no image ids: take them from a FeatureStore, not from a tensor.")
     if not 1 <= n <= MAX_TOP_IMAGES:
         raise ValueError(f"n must lie in 1…{MAX_TOP_IMAGES} images a latent, got {n}.")
-    source = {"dataset": dataset, "split": split, "labels": labels}
-    return table_of(latent_statistics(sae, features, n), features, **source)
+    return table_of(latent_statistics(sae, features, n), features, dataset=dataset, split=split, labels=labels)
 
 
-def table_of(statistics: LatentStatistics, features: FeatureSet, **source: str | None) -> LatentTable:
+def table_of(
+    statistics: LatentStatistics,
+    features: FeatureSet,
+    *,
+    dataset: str | None = None,
+    split: str | None = None,
+    labels: str | None = None,
+) -> LatentTable:
     """The table of statistics that are there already; arguments as in `latent_table`."""
     num_latents, n = statistics.top_acts.shape
     columns = {
@@ -52,7 +58,9 @@ def table_of(statistics: LatentStatistics, features: FeatureSet, **source: str |
     }
     for name in SCHEMA.names:
         columns.setdefault(name, pa.nulls(num_latents, SCHEMA.field(name).type))
-    made_of = LatentSource(num_images=statistics.num_images, images_per_latent=n, **source)
+    made_of = LatentSource(
+        num_images=statistics.num_images, images_per_latent=n, dataset=dataset, split=split, labels=labels
+    )
     return LatentTable(pa.table({name: columns[name] for name in SCHEMA.names}), made_of)
 
 

@@ -1,6 +1,6 @@
 """SAE latents and the images that activate them most, with the purity of those images' labels."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch

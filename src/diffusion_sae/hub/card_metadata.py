@@ -56,7 +56,8 @@ def card_data(
     data = dict((metrics or {}).get("data", {}))
     dataset = dataset_id(data.get("dataset"))
     results = [] if not data.get("dataset") else eval_results(pipeline_tag, metrics or {})
-    relation = {} if base is None else {"base_model_relation": "adapter"}
+    more: dict[str, Any] = {} if base is None else {"base_model_relation": "adapter"}
+    more |= {"eval_results": results, "model_name": title} if results else {}
     return ModelCardData(
         library_name="diffusion_sae",
         license="apache-2.0",
@@ -64,8 +65,7 @@ def card_data(
         datasets=None if dataset is None else [dataset],
         pipeline_tag=pipeline_tag,
         tags=["diffusion_sae", *tags, *artifact_tags(provenance)],
-        **({"eval_results": results, "model_name": title} if results else {}),
-        **relation,
+        **more,
     )
 
 

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 
@@ -79,7 +80,7 @@ def _write_index(root: Path, repo_id: str, subfolder: str, api: HfApi, revision:
     if CONFIG in present:
         return
     folders = {file.removesuffix(f"/{CONFIG}") for file in present if file.endswith(f"/{CONFIG}")} | {subfolder}
-    data = ModelCard.load(root / subfolder / README).data
+    data: Any = ModelCard.load(root / subfolder / README).data
     data.eval_results = data.model_name = None  # of this one alone
     if README in present:
         there = hf_hub_download(repo_id, README, revision=revision, token=api.token)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
@@ -164,7 +163,7 @@ class LatentTable:
         """
         columns = [self.table[name].to_pylist() for name in ("purity", "max_activation", "label")]
         purity, largest, labels = columns
-        full = pa.compute.list_value_length(self.table["top_image_ids"]).to_pylist()
+        full = self.table["top_image_ids"].combine_chunks().value_lengths().to_pylist()
         shown = [i for i in range(len(self)) if full[i] == self.source.images_per_latent]
         order = sorted(shown, key=lambda i: (-(purity[i] or 0.0), -largest[i]))
         return in_turns(order, [labels[i] for i in order], count)
