@@ -53,7 +53,7 @@ def _settings(provenance: Provenance | None) -> list[tuple[str, str]]:
     if provenance is None:
         return []
     usual = ExtractorConfig().to_dict()
-    settings = {k: v for k, v in provenance.settings.to_dict().items() if k in ALWAYS_SHOWN or v != usual[k]}
+    settings = {k: v for k, v in provenance.listed() if k in ALWAYS_SHOWN or v != usual[k]}
     if provenance.weights:  # else of an extraction that nobody has done yet
         settings |= {"weights": provenance.weights, "fingerprint": provenance.fingerprint}
     return [(name, _code(value)) for name, value in settings.items()]

@@ -54,7 +54,7 @@ def _latents(table: LatentTable, *, sheet: bool) -> dict[str, Any] | None:
                 record.latent_index,
                 cell(record.name or record.label or ""),
                 "" if record.purity is None else f"{record.purity:.2f}",
-                f"{record.density:.1%} of images",
+                f"{record.density:.1%}",
                 f"{record.max_activation:.3g}",
             )
             for record in shown

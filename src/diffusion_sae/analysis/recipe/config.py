@@ -151,12 +151,17 @@ class Recipe:
         return cls.from_dict(content, name)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, those at their default too."""
+        """All settings that are not at their default, so that a setting of a later version changes no recipe."""
         return {
             "name": self.name,
-            "extraction": self.extraction.to_dict(),
-            "data": self.data.to_dict(),
+            "extraction": _chosen(self.extraction),
+            "data": _chosen(self.data),
             self.kind: dict(self.model),
-            "training": {k: v for k, v in self.training_arguments("runs").to_dict().items() if k != "output_dir"},
-            "latents": dataclasses.asdict(self.latents),
+            "training": {k: v for k, v in _chosen(self.training_arguments("runs")).items() if k != "output_dir"},
+            "latents": _chosen(self.latents),
         }
+
+
+def _chosen(config: JsonConfig) -> dict[str, Any]:
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    return {k: v for k, v in config.to_dict().items() if getattr(config, k) != defaults[k]}
