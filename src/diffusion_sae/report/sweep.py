@@ -57,7 +57,7 @@ def sweep_figures(results: SweepResults) -> dict[str, tuple[str, "Figure"]]:
         chosen = (best["layer"], best["timestep"])
         figures[_slug("map", model, head, label)] = (
             f"Accuracy (%) of {title}; mean of the fits. Outlined: chosen on validation images.",
-            draw.heat_map(own, title=title, chosen=chosen),
+            draw.accuracy_map(own, title=title, chosen=chosen),
         )
         levels = {
             name: entry["accuracy"] for name, entry in best["margins"].items() if name in ("pixels", "latents")

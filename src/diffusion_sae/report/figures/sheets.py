@@ -15,14 +15,28 @@ from ...extraction.images import to_pictures
 from ...extraction.sources import ImageSource
 from ...features import FeatureSet
 from ...sae.modeling import KSparseAutoencoder
-from .style import QUIET, SMALL, TEXT, TITLE, WIDTH, new_figure, plain_text, shortened, significant, styled
+from .style import (
+    GAP,
+    MARGIN,
+    QUIET,
+    SMALL,
+    TEXT,
+    TITLE_LINE,
+    WIDTH,
+    blank_sheet,
+    plain_text,
+    shortened,
+    show_picture,
+    significant,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 HEAT = (213, 94, 0)  # Okabe & Ito's vermilion: seen on white, on black and, as a grey between, in print
-GAP, MARGIN, NAMES = 0.06, 0.12, 1.75  # inches; the last is the column of names
+NAMES = 1.75  # inches of the column of names
 PIXELS = 160  # the side of an overlay
 
 
@@ -112,16 +126,10 @@ def top_image_sheet(rows: Sequence[LatentRow], *, title: str = "", columns: int 
         raise ValueError("A sheet needs at least one latent with an image.")
     size = min((WIDTH - 2 * MARGIN - NAMES) / columns - GAP, 1.5)
     heights = [_block_height(row, size) for row in rows]
-    top = MARGIN + (0.34 if title else 0)
+    top = MARGIN + (TITLE_LINE if title else 0)
     height = top + sum(heights) + GAP * 3 * (len(rows) - 1) + MARGIN
     width = 2 * MARGIN + NAMES + columns * (size + GAP)
-    figure = new_figure(height, width, layout=None)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(height, 0))  # data are inches from the upper left corner
-    axes.set_axis_off()
-    if title:
-        line = shortened(title, width - 2 * MARGIN, TITLE, weight="bold")
-        axes.text(MARGIN, MARGIN, line, va="top", fontsize=TITLE, weight="bold")
+    figure, axes = blank_sheet(width, height, title)
     for row, block in zip(rows, heights, strict=True):
         _draw_row(axes, row, top, size, columns)
         top += block + GAP * 3
@@ -151,19 +159,9 @@ def _draw_row(axes: "Axes", row: LatentRow, top: float, size: float, columns: in
         if len(row.acts):
             text = plain_text(significant(row.acts[column]))
             axes.text(left + size / 2, top - 0.02, text, ha="center", va="top", fontsize=SMALL, color=QUIET)
-        _show(axes, square(image), left, below, size)
+        show_picture(axes, np.asarray(square(image)), left, below, size)
         if row.maps is not None:
-            _show(axes, heat_overlay(image, row.maps[column], peak), left, below + size + GAP, size)
-
-
-def _show(axes: "Axes", picture: "Image.Image | np.ndarray", left: float, top: float, size: float) -> None:
-    pixels = np.asarray(picture)
-    axes.imshow(
-        pixels,
-        extent=(left, left + size, top + size, top),
-        aspect="auto",
-        interpolation="nearest" if len(pixels) <= 64 else "antialiased",
-    )
+            show_picture(axes, heat_overlay(image, row.maps[column], peak), left, below + size + GAP, size)
 
 
 def latent_sheet(

@@ -7,7 +7,7 @@ to high. So figures can be read with any colour vision, and in grey. matplotlib 
 import functools
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -30,6 +30,8 @@ WIDTH = 9.0
 DPI = 200
 TITLE, TEXT, SMALL = 10.0, 9.0, 8.5
 """Points."""
+MARGIN, GAP, TITLE_LINE = 0.12, 0.06, 0.34
+"""Inches, of sheets of pictures: around them, between two, and of the title."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "X", "v", "P")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
@@ -196,12 +198,32 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.{digits}g}".rstrip(".")
 
 
-def legend_below(figure: "Figure", axes: "Axes", most: int = 5) -> None:
-    """The series of an axes below all panels, in rows that are not wider than the figure."""
-    handles, labels = axes.get_legend_handles_labels()
+def legend_below(figure: "Figure", handles: Mapping[str, Any], most: int = 5) -> None:
+    """The series by name below all panels, in rows that are not wider than the figure.
+
+    Of long names the beginning is shown, of those without a space, such as module paths, the end.
+    """
     if not handles:
         return
-    labels = [shortened(label, 2.4) for label in labels]
-    widest = max(text_width(label) for label in labels) + 0.55  # the handle and the gaps
+    labels = [shortened(name, 2.4, end=" " not in name) for name in handles]
+    widest = max(map(text_width, labels)) + 0.55  # the handle and the gaps
     columns = max(1, min(len(labels), most, int((figure.get_figwidth() - 0.3) / widest)))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.6)
+    figure.legend(list(handles.values()), labels, loc="outside lower center", ncols=columns, handlelength=2.6)
+
+
+def blank_sheet(width: float, height: float, title: str = "") -> tuple["Figure", "Axes"]:
+    """A figure whose data are inches from its upper left corner, with a title there."""
+    figure = new_figure(height, width, layout=None)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    if title:
+        line = shortened(title, width - 2 * MARGIN, TITLE, weight="bold")
+        axes.text(MARGIN, MARGIN, line, va="top", fontsize=TITLE, weight="bold")
+    return figure, axes
+
+
+def show_picture(axes: "Axes", pixels: Any, left: float, top: float, size: float) -> None:
+    """A square picture on a blank sheet; small ones are enlarged pixel by pixel."""
+    kind = "nearest" if len(pixels) <= 64 else "antialiased"
+    axes.imshow(pixels, extent=(left, left + size, top + size, top), aspect="auto", interpolation=kind)

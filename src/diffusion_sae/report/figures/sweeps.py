@@ -1,4 +1,4 @@
-"""Figures of a sweep, drawn from its table of results alone. matplotlib is imported when one is drawn."""
+"""Figures of a sweep, drawn from its table of results alone."""
 
 import math
 import statistics
@@ -6,19 +6,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..._optional import missing
+from .curves import Curve, curves, draw_curves
+from .grids import heat_map
+from .style import TITLE, WIDTH, legend_below, new_figure, shortened, styled
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-WIDTH, DPI = 9.0, 200  # inches: text of 9 points is 12 pixels high where the figure is 900 pixels wide
-SMALL = 8.5
-# Okabe & Ito; no two series differ by colour alone
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "X", "v", "P")
-LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+AXES: dict[str, Any] = {"x_label": "timestep", "y_label": "accuracy (%)", "x_scale": "even"}
 
 
 def accuracy(row: Row) -> float:
@@ -52,28 +48,7 @@ def _cells(rows: Iterable[Row], *names: str) -> dict[tuple, list[float]]:
     return dict(grouped)
 
 
-def _figure(height: float) -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing("matplotlib", "plots", "A figure") from error
-    return Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white", layout="constrained")
-
-
-def _short(layer: str) -> str:
-    """Long module paths by their end."""
-    return layer if len(layer) <= 22 else "…" + layer[-21:]
-
-
-def _plain(axes: "Axes", title: str, x: str = "", y: str = "") -> None:
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
-    axes.tick_params(labelsize=SMALL)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def heat_map(rows: Sequence[Row], *, title: str = "", chosen: tuple[str, int] | None = None) -> "Figure":
+def accuracy_map(rows: Sequence[Row], *, title: str = "", chosen: tuple[str, int] | None = None) -> "Figure":
     """Accuracy of layers (rows) by timesteps (columns), as colour and number; the mean over all given fits of a cell.
 
     Args:
@@ -86,62 +61,20 @@ def heat_map(rows: Sequence[Row], *, title: str = "", chosen: tuple[str, int] | 
     """
     layers, timesteps = ordered(row["layer"] for row in rows), sorted({row["timestep"] for row in rows})
     cells = _cells(rows, "layer", "timestep")
-    figure = _figure(1.4 + 0.36 * len(layers))
-    axes = figure.subplots()
     table = [[statistics.mean(cells.get((layer, t), [math.nan])) for t in timesteps] for layer in layers]
-    image = axes.imshow(table, cmap="cividis", aspect="auto")
-    low, high = image.get_clim()
-    for i, line in enumerate(table):
-        for j, value in enumerate(line):
-            if not math.isnan(value):
-                dark = value < low + 0.55 * (high - low)
-                text = f"{100 * value:.1f}"
-                axes.text(j, i, text, ha="center", va="center", fontsize=SMALL, color="white" if dark else "black")
-    if chosen is not None and chosen[0] in layers and chosen[1] in timesteps:
-        from matplotlib.patches import Rectangle
-
-        corner = (timesteps.index(chosen[1]) - 0.48, layers.index(chosen[0]) - 0.46)
-        axes.add_patch(Rectangle(corner, 0.96, 0.92, fill=False, edgecolor="#D55E00", linewidth=2.4))
-    axes.set_xticks(range(len(timesteps)), [str(t) for t in timesteps])
-    axes.set_yticks(range(len(layers)), [_short(layer) for layer in layers])
-    _plain(axes, title, "timestep")
-    axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, pad=0.015)
-    bar.ax.tick_params(labelsize=SMALL)
-    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    bar.outline.set_visible(False)
-    return figure
+    return heat_map(table, layers, timesteps, title=title, chosen=chosen, label="accuracy")
 
 
-def _curves(axes: "Axes", rows: Sequence[Row], series: Callable[[Row], str], names: Sequence[str]) -> None:
-    """Accuracy against the timestep with 95 % intervals over the fits, a line a series."""
-    timesteps = sorted({row["timestep"] for row in rows})
-    for number, name in enumerate(names):
-        own = [row for row in rows if series(row) == name]
-        cells = _cells(own, "timestep")
-        known = [t for t in timesteps if (t,) in cells]
-        values = [mean_and_interval(cells[t,]) for t in known]
-        style = number % len(COLOURS)
-        x, y = [timesteps.index(t) for t in known], [100 * value for value, _ in values]
-        half = [100 * interval for _, interval in values]
-        axes.plot(
-            x,
-            y,
-            color=COLOURS[style],
-            marker=MARKERS[style],
-            linestyle=LINES[style],
-            markersize=4.5,
-            label=_short(name),
-        )
-        low, high = [v - h for v, h in zip(y, half, strict=True)], [v + h for v, h in zip(y, half, strict=True)]
-        axes.fill_between(x, low, high, color=COLOURS[style], alpha=0.15, linewidth=0)
-    axes.set_xticks(range(len(timesteps)), [str(t) for t in timesteps])
-    axes.grid(axis="y", alpha=0.3, linewidth=0.6)
-
-
-def _legend(figure: "Figure", axes: "Axes", names: int) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(names, 5), fontsize=SMALL, frameon=False)
+def _curves(rows: Sequence[Row], series: Callable[[Row], str], names: Sequence[str]) -> dict[str, Curve]:
+    """Accuracy in percent against the timestep with 95 % intervals over the fits, a line a series."""
+    drawn = {}
+    for name in names:
+        cells = _cells((row for row in rows if series(row) == name), "timestep")
+        timesteps = sorted(t for (t,) in cells)
+        values = [mean_and_interval(cells[t,]) for t in timesteps]
+        low, high = [100 * (v - half) for v, half in values], [100 * (v + half) for v, half in values]
+        drawn[name] = Curve(timesteps, [100 * value for value, _ in values], low, high)
+    return drawn
 
 
 def layer_curves(
@@ -160,14 +93,8 @@ def layer_curves(
         best[layer] = max(best.get(layer, 0.0), statistics.mean(values))
     kept = set(sorted(best, key=lambda layer: -best[layer])[:most])
     layers = [layer for layer in best if layer in kept]
-    figure = _figure(4.6)
-    axes = figure.subplots()
-    _curves(axes, rows, lambda row: row["layer"], layers)
-    for number, (name, value) in enumerate((levels or {}).items()):
-        axes.axhline(100 * value, color="#555555", linestyle=LINES[number % 4], linewidth=1.2, label=name)
-    _plain(axes, title, "timestep", "accuracy (%)")
-    _legend(figure, axes, len(layers) + len(levels or {}))
-    return figure
+    percents = {name: 100 * value for name, value in (levels or {}).items()}
+    return curves(_curves(rows, lambda row: row["layer"], layers), title=title, levels=percents, **AXES)
 
 
 def _best_layer_each(rows: Sequence[Row], *names: str) -> list[Row]:
@@ -183,6 +110,7 @@ def _best_layer_each(rows: Sequence[Row], *names: str) -> list[Row]:
     return kept
 
 
+@styled
 def prompt_comparison(rows: Sequence[Row], *, title: str = "") -> "Figure":
     """Accuracy of each prompt against the timestep, at the layer that is best for that prompt, a panel a model.
 
@@ -191,14 +119,19 @@ def prompt_comparison(rows: Sequence[Row], *, title: str = "") -> "Figure":
         title: above the panels.
     """
     models, prompts = ordered(row["model"] for row in rows), ordered(row["prompt"] for row in rows)
-    figure = _figure(4.2)
+    figure = new_figure(4.2)
     panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     chosen = _best_layer_each(rows, "model", "prompt")
+    handles: dict[str, Any] = {}
     for axes, model in zip(panels, models, strict=True):
         own = pick(chosen, model=model)
-        _curves(axes, own, lambda row: row["prompt"], [p for p in prompts if pick(own, prompt=p)])
-        _plain(axes, f"{title}{model}", "timestep", "accuracy (%)" if axes is panels[0] else "")
-    _legend(figure, panels[0], len(prompts))
+        named = _curves(own, lambda row: row["prompt"], [p for p in prompts if pick(own, prompt=p)])
+        # a prompt looks the same in every panel, also where a panel has not all of them
+        handles |= draw_curves(axes, named, x_scale="even", numbers={p: prompts.index(p) for p in named})
+        axes.set_title(shortened(f"{title}{model}", (WIDTH - 0.8) / len(models) - 0.2, TITLE))
+        axes.set_xlabel("timestep")
+    panels[0].set_ylabel("accuracy (%)")
+    legend_below(figure, handles)
     return figure
 
 
@@ -214,13 +147,7 @@ def architecture_comparison(rows: Sequence[Row], *, title: str = "") -> "Figure"
         return row["model"] if row["weights"] == "trained" else f"{row['model']}, random"
 
     chosen = _best_layer_each(rows, "model", "weights")
-    names = ordered(map(name, chosen))
-    figure = _figure(4.2)
-    axes = figure.subplots()
-    _curves(axes, chosen, name, names)
-    _plain(axes, title, "timestep", "accuracy (%)")
-    _legend(figure, axes, len(names))
-    return figure
+    return curves(_curves(chosen, name, ordered(map(name, chosen))), title=title, **AXES)
 
 
 def relative_accuracy(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
@@ -230,6 +157,7 @@ def relative_accuracy(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
     return {key: (value - chance) / max(best - chance, 1e-9) for key, value in cells.items()}
 
 
+@styled
 def granularity_profile(rows: Sequence[Row], *, title: str = "") -> "Figure":
     """Coarse against fine labels by layer and by timestep, each relative to its own best cell and to chance.
 
@@ -242,22 +170,21 @@ def granularity_profile(rows: Sequence[Row], *, title: str = "") -> "Figure":
     """
     labels = sorted(ordered(row["label"] for row in rows), key=lambda name: pick(rows, label=name)[0]["num_labels"])
     layers, timesteps = ordered(row["layer"] for row in rows), sorted({row["timestep"] for row in rows})
-    figure = _figure(4.4)
+    figure = new_figure(4.4)
     left, right = figure.subplots(1, 2, sharey=True)
-    for number, label in enumerate(labels):
+    by_layer, by_timestep = {}, {}
+    for label in labels:
         own = pick(rows, label=label)
         share = relative_accuracy(own)
-        style = {"color": COLOURS[number], "marker": MARKERS[number], "linestyle": LINES[number], "markersize": 4.5}
         name = f"{label} ({own[0]['num_labels']} classes)"
-        by_layer = [max(share.get((layer, t), math.nan) for t in timesteps) for layer in layers]
-        by_timestep = [max(share.get((layer, t), math.nan) for layer in layers) for t in timesteps]
-        left.plot([100 * v for v in by_layer], label=name, **style)
-        right.plot([100 * v for v in by_timestep], **style)
-    left.set_xticks(range(len(layers)), [_short(layer) for layer in layers], rotation=40, ha="right")
-    right.set_xticks(range(len(timesteps)), [str(t) for t in timesteps])
-    for axes in (left, right):
-        axes.grid(axis="y", alpha=0.3, linewidth=0.6)
-    _plain(left, f"{title}by layer, best timestep", "", "share of the label's best (%)")
-    _plain(right, "by timestep, best layer", "timestep")
-    _legend(figure, left, len(labels))
+        best = [max(share.get((layer, t), math.nan) for t in timesteps) for layer in layers]
+        by_layer[name] = Curve(range(len(layers)), [100 * value for value in best])
+        best = [max(share.get((layer, t), math.nan) for layer in layers) for t in timesteps]
+        by_timestep[name] = Curve(timesteps, [100 * value for value in best])
+    legend_below(figure, draw_curves(left, by_layer))
+    draw_curves(right, by_timestep, x_scale="even")
+    left.set_xticks(range(len(layers)), [shortened(x, 1.5, end=True) for x in layers], rotation=40, ha="right")
+    left.set_title(shortened(f"{title}by layer, best timestep", WIDTH / 2 - 0.8, TITLE))
+    left.set_ylabel("share of the label's best (%)")
+    right.set(title="by timestep, best layer", xlabel="timestep")
     return figure
