@@ -18,7 +18,15 @@ from diffusion_sae.report.figures.curves import Curve, curves, draw_curves, read
 from diffusion_sae.report.figures.densities import density_histogram
 from diffusion_sae.report.figures.grids import heat_map
 from diffusion_sae.report.figures.maps import colour_map_figure, image_map_figure
-from diffusion_sae.report.figures.style import ink_on, plain_text, save_figure, series_style, shortened, text_width
+from diffusion_sae.report.figures.style import (
+    figure_bytes,
+    ink_on,
+    plain_text,
+    save_figure,
+    series_style,
+    shortened,
+    text_width,
+)
 
 LAYERS = ("down_ft0", "bottleneck", "transformer_blocks.5.attn1.to_out.0.of.a.very.deep.module", "up_ft1")
 TIMESTEPS = (1, 50, 500)
@@ -186,8 +194,10 @@ def test_what_files_cannot_be(tmp_path: Path) -> None:
     figure = FIGURES["density"]()
     with pytest.raises(ValueError, match=r"the suffix of 'a.jpg' must be one of 'png', 'svg', 'pdf'"):
         save_figure(figure, tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match=r"colours are of PNG files; 'a.svg' is none"):
+    with pytest.raises(ValueError, match="colours are of PNG files, got 16 for svg"):
         save_figure(figure, tmp_path / "a.svg", colours=16)
+    with pytest.raises(ValueError, match="kind must be one of 'png', 'svg', 'pdf', got 'gif'"):
+        figure_bytes(figure, "gif")
     small = save_figure(figure, tmp_path / "a.png", colours=16, dpi=50)
     assert Image.open(small).mode == "P"
     assert Image.open(small).width == 450

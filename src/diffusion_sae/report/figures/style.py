@@ -95,17 +95,13 @@ def new_figure(height: float, width: float = WIDTH, layout: Any = "constrained")
     return Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
 
 
-@styled
 def save_figure(figure: "Figure", path: str | Path, *, dpi: int = DPI, colours: int | None = None) -> Path:
     """Write a figure as PNG, SVG or PDF, by the suffix of `path`.
-
-    There is no time of day in the file: the same figure is the same bytes.
 
     Args:
         figure: as a function of this package returns it.
         path: where to.
-        dpi: pixels an inch, of PNG and of pictures in the others.
-        colours: of a PNG, at most 256: a fifth of the bytes, and with 256 no difference to the eye.
+        dpi, colours: as of `figure_bytes`.
 
     Raises:
         ValueError: for another suffix, and for `colours` of another format than PNG.
@@ -113,14 +109,31 @@ def save_figure(figure: "Figure", path: str | Path, *, dpi: int = DPI, colours: 
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
     check_choice(f"the suffix of {path.name!r}", kind, FORMATS)
-    check(colours is None or kind == "png", f"colours are of PNG files; {path.name!r} is none.")
+    content = figure_bytes(figure, kind, dpi=dpi, colours=colours)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    return path
+
+
+@styled
+def figure_bytes(figure: "Figure", kind: str = "png", *, dpi: int = DPI, colours: int | None = None) -> bytes:
+    """The content of a file, such as `latents.png` of an artifact. There is no time of day in it: the same figure is
+    the same bytes.
+
+    Args:
+        figure: as a function of this package returns it.
+        kind: png, svg or pdf.
+        dpi: pixels an inch, of PNG and of pictures in the others.
+        colours: of a PNG, at most 256: a fifth of the bytes, and with 256 hardly a difference to the eye.
+
+    Raises:
+        ValueError: for another kind, and for `colours` of another than PNG.
+    """
+    check_choice("kind", kind, FORMATS)
+    check(colours is None or kind == "png", f"colours are of PNG files, got {colours} for {kind}.")
     dates = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     drawn = io.BytesIO()
     figure.savefig(drawn, format=kind, metadata=dates[kind], dpi=dpi)
-    if colours is not None:
-        drawn = _reduced(drawn, colours)
-    write_atomically(path, lambda temporary: temporary.write_bytes(drawn.getvalue()))
-    return path
+    return (drawn if colours is None else _reduced(drawn, colours)).getvalue()
 
 
 def _reduced(png: io.BytesIO, colours: int) -> io.BytesIO:
@@ -208,6 +221,7 @@ def legend_below(figure: "Figure", handles: Mapping[str, Any], most: int = 5) ->
     labels = [shortened(name, 2.4, end=" " not in name) for name in handles]
     widest = max(map(text_width, labels)) + 0.55  # the handle and the gaps
     columns = max(1, min(len(labels), most, int((figure.get_figwidth() - 0.3) / widest)))
+    columns = math.ceil(len(labels) / math.ceil(len(labels) / columns))  # rows of about the same length
     figure.legend(list(handles.values()), labels, loc="outside lower center", ncols=columns, handlelength=2.6)
 
 
