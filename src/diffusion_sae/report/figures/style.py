@@ -201,7 +201,7 @@ def series_style(number: int) -> dict[str, Any]:
 
 def percent(value: float, _: object = None) -> str:
     """Of a share in 0…1; also a formatter of an axis."""
-    return f"{100 * value:.0f} %"
+    return f"{100 * value:.3g} %"
 
 
 def significant(value: float, digits: int = 3) -> str:
