@@ -14,14 +14,18 @@ from .run import Run
 
 
 def fit_adamw(run: Run) -> ProbeTrainingResult:
-    """The epoch that is best on validation; an epoch is the unit of resuming."""
-    args, probe = run.args, run.probe
+    """The epoch that is best on validation; an epoch is the unit of resuming.
+
+    Of several processes each computes a share of every batch; the main one validates and writes.
+    """
+    args, probe, processes = run.args, run.probe, run.processes
     optimizer = torch.optim.AdamW(probe.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     best = {name: value.clone() for name, value in probe.state_dict().items()}
     # epochs done; best score, loss, epoch
     state = torch.tensor([0.0, -math.inf, math.inf, -1.0], dtype=torch.float64)
-    logger = MetricsLogger(args.report_to, run.output_dir, args.to_dict())
-    extra = load_checkpoint(run.output_dir, probe, optimizer, run=run.name, history=logger.history)
+    logger = MetricsLogger(run.report_to, run.output_dir, args.to_dict())
+    with processes.together():
+        extra = load_checkpoint(run.output_dir, probe, optimizer, run=run.name, history=logger.history)
     if extra is not None:
         state = extra.pop("state")
         best = {name.removeprefix("best."): value for name, value in extra.items()}
@@ -33,7 +37,7 @@ def fit_adamw(run: Run) -> ProbeTrainingResult:
             cosine = 0.5 * (1 + math.cos(math.pi * epoch / args.cosine_epochs))
             optimizer.param_groups[0]["lr"] = args.learning_rate * cosine
             loss = _epoch(run, epoch, optimizer)
-            metrics = run.validate()
+            metrics = processes.from_main(run.validate)
             for value in (loss, metrics.loss):
                 require_finite_loss(value, epoch, run.output_dir, "Lower learning_rate.")
             logger.log(epoch, run.metrics_line(metrics, loss=loss))
@@ -42,7 +46,8 @@ def fit_adamw(run: Run) -> ProbeTrainingResult:
                 state[1:] = torch.tensor([metrics.score, metrics.loss, epoch], dtype=torch.float64)
                 best = {name: value.clone() for name, value in probe.state_dict().items()}
             extra = {"state": state, **{f"best.{name}": value for name, value in best.items()}}
-            save_checkpoint(run.output_dir, probe, optimizer, extra, run=run.name, history=logger.history)
+            if processes.is_main:
+                save_checkpoint(run.output_dir, probe, optimizer, extra, run=run.name, history=logger.history)
     probe.load_state_dict(best)
     return ProbeTrainingResult(_best_metrics(run, int(state[3]), logger), {"epoch": state[3].item()}, logger.history)
 
@@ -74,15 +79,24 @@ def _epoch(run: Run, epoch: int, optimizer: torch.optim.Optimizer) -> float:
         for numbers in order.split(args.batch_size):
             if len(numbers) == 1 and len(order) > 1:
                 continue  # BatchNorm cannot learn from a single row
-            batch = run.step_batch(numbers, epoch)
-            with torch.autocast(probe.device.type, torch.bfloat16, enabled=args.bf16):
-                logits = probe(features=batch).logits
-            loss = run.losses(logits.float(), run.labels[numbers].to(probe.device)).mean()
-            loss.backward()
+            loss = _gradient(run, numbers, epoch)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total, seen = total + loss.item() * len(numbers), seen + len(numbers)
-    return total / seen
+            total, seen = total + loss * len(numbers), seen + len(numbers)
+    return run.processes.summed(total) / seen
+
+
+def _gradient(run: Run, numbers: Tensor, epoch: int) -> float:
+    """Of the mean loss of a batch; returns this process's part of the loss."""
+    device = run.probe.device
+    with run.processes.share_of_batch(numbers) as (mine, weight):
+        batch = run.step_batch(mine, epoch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.args.bf16):
+            logits = run.probe(features=batch).logits
+        loss = run.losses(logits.float(), run.labels[mine].to(device)).mean() * weight
+        loss.backward()
+    run.processes.sum_gradients(run.probe)
+    return loss.item()
 
 
 def _order(run: Run, epoch: int) -> Tensor:

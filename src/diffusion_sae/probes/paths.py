@@ -24,7 +24,7 @@ def choose(run: Run, name: str, candidates: Iterable[float], fit: Callable[[Any]
     """
     head, best = run.probe.head, None
     bar = tqdm(list(candidates), desc="probe", disable=not run.progress)
-    with closing(MetricsLogger(run.args.report_to, run.output_dir, run.args.to_dict())) as logger, bar:
+    with closing(MetricsLogger(run.report_to, run.output_dir, run.args.to_dict())) as logger, bar:
         for step, candidate in enumerate(bar):
             loss = fit(candidate)
             if loss is not None:

@@ -3,9 +3,12 @@
 import copy
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from huggingface_hub.utils import httpx
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.pipelines import ImageClassificationPipeline
@@ -120,7 +123,9 @@ class DiffusionProbePipeline(ImageClassificationPipeline):
             # not super().preprocess: it names no broken image, and in a half-precision pipeline it would round the
             # pixels, by which the noise is drawn
             image = load_image(downloaded(image, timeout), image)
-        return self.image_processor(image if isinstance(image, Tensor) else load_image(image))  # type: ignore[misc]
+        elif not isinstance(image, str | Path | bytes | dict | np.ndarray | Image.Image | Tensor):
+            load_image(image)  # raises, and says what is allowed
+        return self.image_processor(image)  # type: ignore[misc]
 
     def _forward(self, model_inputs: Any, *, explain: bool = False, **overrides: Any) -> Any:  # type: ignore[override]
         extractor = self._extractor(**overrides)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .examples import Examples, Features, Views, to_device
 from .modeling import DiffusionProbe
+from .processes import ProbeProcesses
 from .results import ProbeMetrics
 from .tasks import Task
 from .training_args import ProbeTrainingArguments
@@ -27,6 +28,7 @@ class Run:
     class_weights: Tensor | None
     output_dir: Path
     progress: bool
+    processes: ProbeProcesses
     views: Views | None
     """Augmented views of all examples, which are trained on in their place."""
     name: str
@@ -36,6 +38,11 @@ class Run:
     def balanced(self) -> bool:
         """Whether choices are made by a metric in which all classes count alike."""
         return self.args.class_weights == "balanced" or self.args.balanced_sampling
+
+    @property
+    def report_to(self) -> str:
+        """Of several processes the main one reports."""
+        return self.args.report_to if self.processes.is_main else "none"
 
     def validate(self) -> ProbeMetrics:
         features, labels = self.validation

@@ -15,6 +15,7 @@ from .examples import Examples, Features, Views
 from .heads.base import Batches
 from .modeling import DiffusionProbe
 from .paths import fit_fista, fit_lbfgs, fit_memory
+from .processes import ProbeProcesses
 from .results import ProbeMetrics, ProbeTrainingResult
 from .run import Run, class_weights_of
 from .training_args import ProbeTrainingArguments
@@ -35,6 +36,11 @@ class ProbeTrainer:
     The protocol: parameters are fitted on training rows; the penalty of `lbfgs` and `fista`, the epoch of `adamw` or
     the number of neighbours of knn is chosen by validation accuracy (several labels: mean average precision;
     regression: R²; ties by loss); test rows are given to `evaluate` alone, after everything is chosen.
+
+    Under `accelerate launch` or `torchrun` all processes call it together with the same arguments, each with the probe
+    on its own device. Each computes a share of every batch of adamw, the batch statistics and the dropout being those
+    of the whole batch: the result is that of one process, to rounding. The other ways of fitting take all rows at once
+    and are done by each process alike. The main process writes.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class ProbeTrainer:
                 or infinity, or of another extraction; for options that the head does not have.
         """
         self.probe, self.args = probe, args
+        self.processes = ProbeProcesses(cpu=probe.device.type == "cpu")
         self.features = features
         self.examples, self.labels = self._required(features, "The training features", allow_mismatch)
         if validation_features is None:
@@ -152,7 +159,8 @@ class ProbeTrainer:
             validation=self.validation,
             class_weights=self.class_weights,
             output_dir=require_writable_folder(self.args.output_dir),
-            progress=progress,
+            progress=progress and self.processes.is_main,
+            processes=self.processes,
             views=self.views,
             name=self._run_name(),
         )
@@ -178,8 +186,8 @@ class ProbeTrainer:
         return result
 
     def save(self) -> None:
-        """Write the probe with its metrics into `output_dir`."""
-        self.probe.save_pretrained(self.args.output_dir)
+        """Write the probe with its metrics into `output_dir`; when it returns, they are there for all processes."""
+        self.processes.from_main(lambda: self.probe.save_pretrained(self.args.output_dir))
 
     def evaluate(self, test_features: FeatureSet | AlignedFeatures, *, allow_mismatch: bool = False) -> ProbeMetrics:
         """Metrics on rows that no choice was made on; recorded in the probe's metrics as `test`."""

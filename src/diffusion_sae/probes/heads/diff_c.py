@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..examples import Features
 from .base import Head
+from .shared import BatchNorm2d, Dropout, Dropout2d
 
 
 class DiffCHead(Head):
@@ -26,16 +27,16 @@ class DiffCHead(Head):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         d_in, width, dropout = config.d_in, config.width, config.dropout
-        layers: list[nn.Module] = [nn.BatchNorm2d(d_in, affine=False)]
+        layers: list[nn.Module] = [BatchNorm2d(d_in, affine=False)]
         for index in range(4):
             layers += [
                 nn.Conv2d(width if index else d_in, width, 3, stride=2 if index else 1, padding=1),
-                nn.BatchNorm2d(width),
+                BatchNorm2d(width),
                 nn.ReLU(),
-                nn.Dropout2d(dropout),
+                Dropout2d(dropout),
             ]
         self.features = nn.Sequential(*layers)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classifier = nn.Linear(width, config.num_labels)
 
     def arranged(self, features: Features) -> Features:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .base import Head, add_moments, normalised
+from .shared import Dropout
 
 
 class PooledHead(Head):
@@ -61,7 +62,7 @@ class MLPHead(PooledHead):
             layers += [
                 nn.Linear(config.width if index else config.d_in, config.width),
                 nn.ReLU(),
-                nn.Dropout(config.dropout),
+                Dropout(config.dropout),
             ]
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(config.width, config.num_labels)
