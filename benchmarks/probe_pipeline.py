@@ -1,4 +1,4 @@
-"""Throughput of `pipeline("diffusion-probe")` beside its parts called directly: extractor, head, softmax, sorted labels.
+"""Throughput of `pipeline("diffusion-probe")` beside its parts called directly: extractor, head, softmax, labels.
 
     python benchmarks/probe_pipeline.py --out docs/results/probe-pipeline.json     # two minutes on two cores
 
