@@ -8,7 +8,16 @@ import torch
 
 from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, encode_features
 from diffusion_sae.analysis import firing as module
-from diffusion_sae.analysis.firing import Firing, find_firing, fvu_of_encoded, heat_maps, map_shape
+from diffusion_sae.analysis.firing import (
+    Firing,
+    find_firing,
+    fvu_of_encoded,
+    grid_of,
+    heat_maps,
+    positions_of,
+    statistics_of,
+)
+from diffusion_sae.analysis.latents import latent_statistics
 from diffusion_sae.analysis.relations import class_moments, most_cofiring, most_similar
 from diffusion_sae.features import FeatureSet
 from diffusion_sae.sae.evaluation import evaluate_sae
@@ -67,6 +76,15 @@ def test_firing_is_the_largest_over_positions_and_timesteps(found: Firing, dense
     np.testing.assert_array_equal(acts, expected[2, latents])
 
 
+def test_statistics_are_those_of_the_features(found: Firing, sae: KSparseAutoencoder) -> None:
+    mine, theirs = statistics_of(found, 4), latent_statistics(sae, features(), 4)
+    assert mine.num_images == theirs.num_images
+    for name in ("top_acts", "density", "mean_acts"):
+        torch.testing.assert_close(getattr(mine, name), getattr(theirs, name))
+    active = mine.top_acts > 0
+    assert torch.equal(mine.top_images[active], theirs.top_images[active])
+
+
 @pytest.mark.parametrize("at_once", [1, 4, 100])
 def test_heat_maps(encoded: SparseCodes, dense: np.ndarray, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * LATENTS * at_once)
@@ -77,7 +95,7 @@ def test_heat_maps(encoded: SparseCodes, dense: np.ndarray, monkeypatch: pytest.
     )
     pairs = np.unique(images.astype(np.int64) * LATENTS + latents)
     maps = heat_maps(encoded, pairs, np.zeros((len(pairs), SIDE**2), np.uint8))
-    assert map_shape(encoded) == (SIDE, SIDE)
+    assert grid_of(positions_of(encoded)) == (SIDE, SIDE)
     for image, latent in zip(images.tolist(), latents.tolist(), strict=True):
         own = dense[:, image, :, latent].max(0)
         expected = np.ceil(255 * (own / own.max())) if own.max() > 0 else np.zeros(SIDE**2)
@@ -90,7 +108,7 @@ def test_fine_grids_are_pooled_by_their_maximum(sae: KSparseAutoencoder, tmp_pat
     fine = encode_features(sae, features(side, 2), tmp_path, progress=False)
     dense = sae.encode(features(side, 2)[:]).to_dense(LATENTS).detach().numpy()
     dense = dense.reshape(len(TIMESTEPS), 2, 10, 2, 10, 2, LATENTS).max((0, 3, 5)).reshape(2, 100, LATENTS)
-    assert map_shape(fine) == (10, 10)
+    assert grid_of(positions_of(fine)) == (10, 10)
     pairs = np.array([5, LATENTS + 5])
     maps = heat_maps(fine, pairs, np.zeros((2, 100), np.uint8))
     own = dense[:, :, 5]
@@ -99,7 +117,7 @@ def test_fine_grids_are_pooled_by_their_maximum(sae: KSparseAutoencoder, tmp_pat
 
 def test_no_grid_no_map(sae: KSparseAutoencoder, tmp_path: Path) -> None:
     pooled = encode_features(sae, FeatureSet([torch.randn(5, 8)]), tmp_path, progress=False)
-    assert map_shape(pooled) is None
+    assert grid_of(positions_of(pooled)) is None
     with pytest.raises(ValueError, match="positions of a square grid, got 1 rows an image"):
         heat_maps(pooled, np.array([0]), np.zeros((1, 1), np.uint8))
 

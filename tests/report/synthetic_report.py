@@ -12,7 +12,8 @@ from playwright.sync_api import Browser, Page
 from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, encode_features
 from diffusion_sae.extraction.sources import ImageSource
 from diffusion_sae.features import FeatureSet
-from diffusion_sae.report.build import Bar, Grid, Report, write_report
+from diffusion_sae.report.build import Bar, Report, write_report
+from diffusion_sae.report.grids import Grid
 from diffusion_sae.report.latents import Dictionary, Labels
 
 IMAGES, CLASSES, SIDE, TIMESTEPS = 90, ("circle", "square", "stripe"), 4, (50, 500)
@@ -70,6 +71,11 @@ def make_report(folder: Path, names: tuple[str, ...] = CLASSES, image_names: lis
         labels=Labels(labels, names),
         maps={"PCA of features": values[0].mean(1)[:, :2].numpy()},
         grids=[Grid(names[0], ["bottleneck", names[-1]], [50, 500], [[0.5, 0.6], [None, 0.9]], ("bottleneck", 50))],
+        colours={
+            (layer, t): np.random.default_rng(t).integers(0, 255, (20, 4, 4, 3), dtype=np.uint8)
+            for layer in ("bottleneck", names[-1])
+            for t in (50, 500)
+        },
         bars=[Bar(names[0], 0.83, names[1], highlight=True), Bar("raw pixels", 0.8)],
         predictions=torch.randn(IMAGES, len(names), generator=draw).softmax(1).numpy(),
         commands=[f"diffusion-sae {names[0]}"],

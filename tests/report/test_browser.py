@@ -1,5 +1,6 @@
 """The page, used as a person uses it, in a real Chromium and from the disk."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import Browser, Page
 from synthetic_report import CLASSES, HOSTILE, IMAGES, Made, Visit
 
 pytestmark = pytest.mark.slow
-VIEWS = ("#/latents?heat=1", "#/latents/LATENT", "#/overview")
+VIEWS = (
+    "#/latents?heat=1",
+    "#/latents/LATENT",
+    "#/images",
+    "#/images/7",
+    "#/classes",
+    "#/classes/1",
+    "#/classes/1/2",
+    "#/layers",
+    "#/overview",
+)
 CARD = ".virtual .card"
 
 
@@ -64,15 +76,6 @@ def test_sort_and_filter(visit: Visit, made: Made) -> None:
     page.get_by_role("button", name="Show all").click()
     page.get_by_label("Name, class or number").fill("7")
     assert numbers_of_cards(page) == ([7] if acts[:, 7].max() > 0 else [])
-
-
-def heat(page: Page, selector: str) -> list[int]:
-    """Red and blue of the middle of a canvas's first picture, summed over its pixels."""
-    page.wait_for_selector(selector)
-    return page.locator(selector).first.evaluate(
-        "c => { const d = c.getContext('2d').getImageData(0, 0, c.height, c.height).data;"
-        "return [0, 2].map((j) => d.reduce((s, v, i) => s + (i % 4 === j ? v : 0), 0)); }"
-    )
 
 
 def test_click_through_and_back(visit: Visit, made: Made) -> None:
@@ -157,6 +160,102 @@ def test_keyboard_alone(visit: Visit) -> None:
     assert page.evaluate("document.activeElement.querySelector('.index').textContent") == first
     page.keyboard.press("Enter")
     page.wait_for_selector(f"h1:has-text('latent {first}')")
+
+
+def box_of(page: Page, selector: str) -> tuple[float, float, float, float]:
+    box = page.locator(selector).bounding_box()
+    assert box
+    return box["x"], box["y"], box["width"], box["height"]
+
+
+def test_map_hover_zoom_lasso_and_click(visit: Visit, made: Made) -> None:
+    page = visit.open("#/images")
+    page.get_by_role("button", name="Lasso").click()
+    page.wait_for_selector(".map.lasso")
+    x, y, width, height = box_of(page, ".map")
+    around = [(0, 0), (1, 0), (1, 0.55), (0, 0.55)]
+    page.mouse.move(x + 2, y + 2)
+    page.mouse.down()
+    for right, down in around:
+        page.mouse.move(x + 2 + right * (width - 4), y + 2 + down * (height - 4), steps=4)
+    page.mouse.up()
+    held = int(page.locator("#lasso").inner_text().split()[0])
+    assert 0 < held < IMAGES
+    assert page.locator(".count").inner_text().startswith(f"{held} of {IMAGES} images lie in the lasso")
+    page.wait_for_selector(".lasso .cards .card")
+    page.get_by_role("combobox", name="Class").select_option(label="stripe")
+    fewer = int(page.locator(".count").inner_text().split()[0])
+    assert fewer < held
+    page.get_by_role("button", name="Let go").click()
+    page.get_by_role("combobox", name="Class").select_option(label="all")
+    assert page.locator(".count").inner_text().startswith(f"{IMAGES} of {IMAGES}")
+    page.get_by_role("button", name="Lasso").click()
+    page.evaluate("scrollTo(0, 0)")
+    point = some_point(page)
+    page.mouse.move(*point)
+    page.wait_for_selector(".pointed canvas[data-drawn]")
+    before = page.locator(".map").screenshot()
+    page.mouse.wheel(0, -600)
+    page.wait_for_timeout(200)
+    assert page.locator(".map").screenshot() != before
+    page.get_by_role("button", name="Whole map").click()
+    page.wait_for_timeout(100)
+    page.mouse.move(*point)
+    page.mouse.down()
+    page.mouse.up()
+    page.wait_for_selector("#latents")
+    image = int(page.url.rsplit("/", 1)[1])
+    acts = np.sort(made.acts.max((0, 2))[image])[::-1][:3]
+    shown = [float(text.split("·")[1]) for text in page.locator(".tiles .act").all_inner_texts()[:3]]
+    assert shown == pytest.approx(acts, abs=0.006)
+    page.wait_for_selector(".tiles canvas[data-drawn=heat]")
+
+
+def some_point(page: Page) -> tuple[float, float]:
+    """Where something is drawn on the map, in the page's coordinates."""
+    x, y, _, _ = box_of(page, ".map")
+    drawn = np.asarray(Image.open(io.BytesIO(page.locator(".map").screenshot())).convert("RGB"), np.int16)
+    inside = drawn[10:-10, 10:-10]
+    rows, columns = np.nonzero(np.abs(inside - inside[0, 0]).sum(2) > 60)
+    middle = len(rows) // 2
+    return x + 10 + int(columns[middle]), y + 10 + int(rows[middle])
+
+
+def test_latents_that_tell_classes_apart(visit: Visit, made: Made) -> None:
+    acts = made.acts.max((0, 2))
+
+    def rank(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        pooled = np.sqrt((one.var(0) + other.var(0)) / 2 + 1e-6 * acts.max(0) ** 2)
+        return np.where(acts.max(0) > 0, (one.mean(0) - other.mean(0)) / np.where(pooled > 0, pooled, 1), 0)
+
+    for view, one, other in (
+        ("#/classes/1", made.labels == 1, made.labels != 1),
+        ("#/classes/1/2", made.labels == 1, made.labels == 2),
+    ):
+        page = visit.open(view)
+        page.wait_for_selector("section:has(#more) .card")
+        shown = [int(text) for text in page.locator("section:has(#more) .index").all_inner_texts()]
+        expected = rank(acts[one], acts[other])
+        assert expected[shown] == pytest.approx(np.sort(expected)[::-1][: len(shown)], abs=2e-3), view
+        told = float(page.locator("section:has(#more) .facts").first.inner_text().split()[1])
+        assert told == pytest.approx(expected.max(), abs=0.006)
+    page.get_by_label("Compared with").select_option(label="all others")
+    page.wait_for_selector("#pairs")
+    page.get_by_role("link", name="stripe").click()
+    page.wait_for_selector("#less")
+
+
+def test_layers_and_timesteps(visit: Visit) -> None:
+    page = visit.open("#/layers")
+    cells = page.locator(".heat td").all_inner_texts()
+    assert cells == ["50.0%", "60.0%", "–", "90.0%"]
+    assert page.locator(".heat td.chosen").inner_text() == "50.0%"
+    assert page.locator(".heat td a").count() == 0  # these sparse codes do not say which layer they are of
+    assert page.locator("canvas.colours").count() == 4
+    page.get_by_role("link", name="Image 3, circle").click()
+    page.wait_for_selector("text=image 3, circle")
+    page.get_by_role("link", name="image 3", exact=True).click()
+    page.wait_for_selector("#pca")
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, encode_f
 from diffusion_sae import report as package
 from diffusion_sae.extraction.sources import ImageSource
 from diffusion_sae.features import FeatureSet
-from diffusion_sae.report.build import Grid, Report, files_of, write_report
+from diffusion_sae.report.build import Report, files_of, write_report
+from diffusion_sae.report.grids import Grid
 from diffusion_sae.report.latents import OF_IMAGE, Dictionary, Labels
 from diffusion_sae.report.packing import DataFolder, clean
 from diffusion_sae.report.samples import RANDOM, SAMPLES, TOP
@@ -155,7 +156,7 @@ def test_summary(made: Made, data: Callable[[str], Content]) -> None:
     names = data("images").text["names"]
     assert names[4] == "square/004.png"
     browse = json.loads((files_of(made.folder) / "browse.json").read_text())
-    assert browse == {"saes": {"sae0": str(made.sae_path)}}
+    assert browse["saes"]["sae0"]["path"] == str(made.sae_path)
     assert (
         str(made.sae_path) not in (files_of(made.folder) / "data/report.js").read_text()
     )  # no path leaves the machine

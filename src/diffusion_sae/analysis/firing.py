@@ -4,6 +4,7 @@ All of it comes from the sparse codes on the disk. Memory grows with the pairs o
 it, 16 bytes each, and not with the positions, timesteps or latents.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from ..features import FeatureSet
 from ..sae.code import SparseCode
 from ..sae.modeling import KSparseAutoencoder
 from ..sae.sparse_codes import SparseCodes
+from .latents import LatentStatistics
 
 CHUNK_BYTES = 2**25
 """Of the dense activations (images, num_latents) that exist at a time."""
@@ -75,11 +77,26 @@ class Firing:
         return self.by_image.indices[start:stop], self.by_image.data[start:stop]
 
 
+def statistics_of(firing: Firing, n: int) -> LatentStatistics:
+    """The n strongest images of every latent, and the rest of what `latent_statistics` gives."""
+    top_images = torch.zeros(len(firing.images_of), n, dtype=torch.long)
+    top_acts = torch.zeros(len(firing.images_of), n)
+    sums = np.asarray(firing.by_latent.sum(axis=0)).ravel()
+    for latent in np.flatnonzero(firing.images_of).tolist():
+        images, acts = firing.latent(latent)
+        order = np.argsort(-acts, kind="stable")[:n]
+        top_images[latent, : len(order)] = torch.from_numpy(images[order].astype(np.int64))
+        top_acts[latent, : len(order)] = torch.from_numpy(acts[order])
+    counts = torch.from_numpy(firing.images_of.astype(np.float32))
+    mean_acts = torch.from_numpy(sums).float() / counts.clamp_min(1)
+    return LatentStatistics(top_images, top_acts, counts / firing.num_images, mean_acts, firing.num_images)
+
+
 def _chunks(encoded: SparseCodes) -> Iterator[_Chunk]:
     """All images in order; of several timesteps each chunk comes once a timestep."""
     manifest = encoded.manifest
     timesteps = max(1, len(manifest.timesteps))
-    positions = manifest.rows_per_image // timesteps
+    positions = positions_of(encoded)
     per_timestep = manifest.rows // timesteps
     images = per_timestep // positions
     at_once = max(1, CHUNK_BYTES // (4 * encoded.num_latents))
@@ -111,14 +128,31 @@ def find_firing(encoded: SparseCodes) -> Firing:
     return Firing(by_image, by_image.tocsc(), counts / images, sums / images, active_rows)
 
 
-def map_shape(encoded: SparseCodes) -> tuple[int, int] | None:
-    """Height and width of the heat maps; None where the rows are not positions of a square grid."""
-    side = round((encoded.manifest.rows_per_image // max(1, len(encoded.manifest.timesteps))) ** 0.5)
-    positions = encoded.manifest.rows_per_image // max(1, len(encoded.manifest.timesteps))
+def positions_of(encoded: SparseCodes) -> int:
+    """Rows of an image at one timestep."""
+    return encoded.manifest.rows_per_image // max(1, len(encoded.manifest.timesteps))
+
+
+def grid_of(positions: int) -> tuple[int, int] | None:
+    """Height and width of the heat maps; None for a number of positions that is no square grid."""
+    side = math.isqrt(positions)
     if side < 2 or side**2 != positions:
         return None
     small = -(-side // -(-side // LARGEST_SIDE))
     return small, small
+
+
+def pooled_cells(positions: int) -> Int[np.ndarray, " positions"]:
+    """In which cell of `grid_of` each position lies."""
+    side, grid = math.isqrt(positions), grid_of(positions)
+    if grid is None:
+        raise ValueError(
+            f"Heat maps need rows that are the positions of a square grid, got {positions} rows an image. Extract with "
+            "pooling='tokens'."
+        )
+    row, column = np.divmod(np.arange(positions), side)
+    step = -(-side // LARGEST_SIDE)
+    return row // step * grid[1] + column // step
 
 
 @dataclass(frozen=True)
@@ -148,7 +182,7 @@ def heat_maps(encoded: SparseCodes, pairs: Int[np.ndarray, " n"], values: np.nda
         pairs: image · num_latents + latent, ascending, without repetition.
         values: (pairs, height · width) in uint8, filled here: `numpy.memmap` keeps it on the disk.
     """
-    cells = _cell_of_position(encoded)
+    cells = pooled_cells(positions_of(encoded))
     timesteps = max(1, len(encoded.manifest.timesteps))
     acts = np.zeros((0, 0), np.float32)
     for chunk in _chunks(encoded):
@@ -166,19 +200,6 @@ def heat_maps(encoded: SparseCodes, pairs: Int[np.ndarray, " n"], values: np.nda
             scale = acts.max(1, keepdims=True, initial=0)
             values[low:high] = np.ceil(255 * np.divide(acts, scale, out=np.zeros_like(acts), where=scale > 0))
     return HeatMaps(pairs, values, encoded.num_latents)
-
-
-def _cell_of_position(encoded: SparseCodes) -> Int[np.ndarray, " positions"]:
-    shape = map_shape(encoded)
-    if shape is None:
-        raise ValueError(
-            f"Heat maps need rows that are the positions of a square grid, got {encoded.manifest.rows_per_image} rows "
-            "an image. Extract with pooling='tokens'."
-        )
-    side = round((encoded.manifest.rows_per_image // max(1, len(encoded.manifest.timesteps))) ** 0.5)
-    step = -(-side // LARGEST_SIDE)
-    row, column = np.divmod(np.arange(side**2), side)
-    return row // step * shape[1] + column // step
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ COMMANDS = {
     "sweep": "probes over models, layers, timesteps, prompts, heads and seeds",
     "report": "a page of an SAE's latents and their images, or the figures of a sweep",
     "convert": "SAEs of other libraries into artifacts, and back",
+    "browse": "a report with live actions: drop an image, save names, search by text",
     "push": "push a trained artifact or a feature store to the Hub",
     "layers": "the layers of a model, with width and stride",
 }

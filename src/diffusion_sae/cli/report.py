@@ -5,9 +5,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .selection import add_labels, add_selection, select
+
+if TYPE_CHECKING:
+    from ..features import FeatureSet
+    from ..report.sae import Trained
+    from ..sae.modeling import KSparseAutoencoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--title", help="what the report is about (default: the SAE's name)")
     parser.add_argument(
         "--encoded", metavar="DIR", help="sparse codes of the store, made there if need be (default: made and deleted)"
+    )
+    parser.add_argument(
+        "--also",
+        nargs=2,
+        action="append",
+        metavar=("SAE", "STORE"),
+        help="a further SAE with its store of these images",
+    )
+    parser.add_argument("--sweep", metavar="DIR", help="folder of a finished sweep, for the view of layers × timesteps")
+    parser.add_argument("--clip", metavar="MODEL", help="CLIP or SigLIP of transformers that latents are named by")
+    parser.add_argument(
+        "--vocabulary", metavar="FILE", help="words that --clip names latents by, one a line (default: the packaged)"
     )
     add_selection(parser)
     add_labels(parser)
@@ -36,26 +53,47 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "A report needs an SAE, its store, its images and a folder to write: SAE STORE DATASET OUTPUT_DIR; or the "
             f"folder of a finished sweep, which {args.sae} is not: it has no sweep.json."
         )
-    from .. import FeatureStore, KSparseAutoencoder
+    if args.vocabulary is not None and args.clip is None:
+        raise ValueError("--vocabulary belongs to --clip, the model that fits its words to images. Give both.")
+    from ..analysis.sweep.results import SweepResults
     from ..extraction.sources import open_images
-    from ..report.sae import Trained, report_saes
+    from ..report.grids import sweep_grids
+    from ..report.sae import Vocabulary, report_saes
 
-    sae = KSparseAutoencoder.from_pretrained(args.sae)
-    features = select(FeatureStore(args.store), args, sae.config.timesteps)
-    source = open_images(args.dataset, args.split).first(features.num_images)
-    with kept_or_temporary(args.encoded, args.output_dir) as encoded:
-        trained = Trained(args.sae, sae, features, encoded, args.sae)
-        return report_saes(args.output_dir, args.title or args.sae, [trained], source)
+    pairs = [(args.sae, args.store), *(args.also or ())]
+    sources = [_features(args, *pair) for pair in pairs]
+    source = open_images(args.dataset, args.split).first(sources[0][1].num_images)
+    vocabulary = None if args.clip is None else Vocabulary.embed(args.clip, args.vocabulary, source)
+    grids = [] if args.sweep is None else sweep_grids(SweepResults.read(args.sweep))
+    with _kept_or_temporary(args.encoded, args.output_dir) as folder:
+        trained = [
+            _trained(name, *one, folder if i == 0 else folder.with_name(f"{folder.name}-{i}"))
+            for i, ((name, _), one) in enumerate(zip(pairs, sources, strict=True))
+        ]
+        return report_saes(args.output_dir, args.title or args.sae, trained, source, vocabulary, grids=grids)
+
+
+def _features(args: argparse.Namespace, name: str, store: str) -> "tuple[KSparseAutoencoder, FeatureSet]":
+    from .. import FeatureStore, KSparseAutoencoder
+
+    sae = KSparseAutoencoder.from_pretrained(name)
+    return sae, select(FeatureStore(store), args, sae.config.timesteps)
+
+
+def _trained(name: str, sae: "KSparseAutoencoder", features: "FeatureSet", folder: Path) -> "Trained":
+    from ..report.sae import Trained
+
+    return Trained(name, sae, features, folder, str(Path(name).resolve()) if Path(name).is_dir() else name)
 
 
 @contextmanager
-def kept_or_temporary(folder: str | None, output_dir: str) -> Iterator[Path]:
+def _kept_or_temporary(folder: str | None, output_dir: str) -> Iterator[Path]:
     """The given folder; or one in the output folder that is deleted once all is done, so that a killed call goes on."""
     if folder is not None:
         yield Path(folder)
         return
     temporary = Path(output_dir) / ".encoded"
-    yield temporary
+    yield temporary / "0"
     shutil.rmtree(temporary)
 
 

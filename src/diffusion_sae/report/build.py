@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
+from safetensors.torch import save_file
 
 from .._files import require_writable_folder, write_atomically, write_json
 from ..extraction.sources import ImageSource
 from ..provenance import Provenance
+from .grids import Grid
 from .latents import Dictionary, Labels, write_dictionary
 from .packing import DataFolder
 from .thumbnails import write_thumbnails
 
 STATIC = resources.files("diffusion_sae.report").joinpath("static")
 """Made of `page/` by `make page`."""
+WORDS = "words.safetensors"
+COLOUR_BLOCK = 16
+"""Images a file of colours."""
 FILES = "files-"
 MARK = '<meta name="generator" content="diffusion-sae report">'
 _POINTER = re.compile(r'"(files-\w+)/browser\.js"')
@@ -38,25 +43,6 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Accuracy at each layer (rows) and timestep (columns); None where it was not measured."""
-
-    name: str
-    layers: Sequence[str]
-    timesteps: Sequence[int]
-    accuracy: Sequence[Sequence[float | None]]
-    chosen: tuple[str, int] | None = None
-    caption: str = ""
-
-    def __post_init__(self) -> None:
-        if [len(row) for row in self.accuracy] != [len(self.timesteps)] * len(self.layers):
-            raise ValueError(
-                f"accuracy has rows of {[len(row) for row in self.accuracy]} cells for {len(self.layers)} layers and "
-                f"{len(self.timesteps)} timesteps. Give one row a layer, one cell a timestep, None if not measured."
-            )
-
-
-@dataclass(frozen=True)
 class Report:
     """All that a report shows beside its SAEs. What is empty or None is left out."""
 
@@ -69,6 +55,8 @@ class Report:
     maps: Mapping[str, Float[np.ndarray, "images 2"]] = field(default_factory=dict)
     """Places of the images in the plane, by what they were made of."""
     grids: Sequence[Grid] = ()
+    colours: Mapping[tuple[str, int], UInt8[np.ndarray, "n side side 3"]] = field(default_factory=dict)
+    """The first n images at each layer and timestep, as `analysis.pca_maps` gives them."""
     bars: Sequence[Bar] = ()
     predictions: Float[np.ndarray, "images classes"] | None = None
     """A probe's probabilities."""
@@ -96,18 +84,36 @@ def write_report(folder: str | Path, report: Report, dictionaries: Sequence[Dict
     data = DataFolder(files / "data")
     sheets = write_thumbnails(data.root, report.source, report.crop)
     _write_images(data, report)
+    _write_colours(data, report)
     described = [write_dictionary(data, f"sae{i}", one, report.labels) for i, one in enumerate(dictionaries)]
     summary = _summary(report, dictionaries, described) | {"sheets": sheets.to_dict()}
     data.write("report", summary)
-    write_json(
-        files / "browse.json", {"saes": {d["key"]: one.path for d, one in zip(described, dictionaries, strict=True)}}
-    )
+    _write_browse(files, described, dictionaries)
     page = STATIC.joinpath("index.html").read_text(encoding="utf-8")
     write_atomically(folder / "index.html", lambda path: path.write_text(page.replace("FILES", files.name), "utf-8"))
     for other in folder.glob(f"{FILES}*"):
         if other != files:
             shutil.rmtree(other)
     return {"page": str((folder / "index.html").resolve()), "saes": described}
+
+
+def _write_browse(files: Path, described: Sequence[dict[str, Any]], dictionaries: Sequence[Dictionary]) -> None:
+    """What the server needs and the page does not: where the SAEs are."""
+    saes = {}
+    for entry, one in zip(described, dictionaries, strict=True):
+        words = one.words
+        saes[entry["key"]] = {
+            "path": one.path,
+            "weights": entry["fingerprint"],
+            "latents": entry["latents"],
+            "layer": one.layer,
+            "timesteps": entry["timesteps"],
+            "clip": None if words is None else words.clip,
+        }
+        if words is not None:
+            content = {"directions": words.directions.float().contiguous()}
+            write_atomically(files / f"{entry['key']}-{WORDS}", lambda path, held=content: save_file(held, path))
+    write_json(files / "browse.json", {"saes": saes})
 
 
 def files_of(folder: str | Path) -> Path:
@@ -143,6 +149,9 @@ def _check(report: Report, dictionaries: Sequence[Dictionary]) -> None:
                 f"have {images}: give the images that the store was made of."
             )
     sizes = {"labels": None if report.labels is None else len(report.labels.values)}
+    layers, timesteps = _axes(report)
+    if len(report.colours) != len(layers) * len(timesteps):
+        raise ValueError(f"colours must be of each of {layers} at each of {timesteps}, got {list(report.colours)}.")
     sizes |= {f"the map {name!r}": len(places) for name, places in report.maps.items()}
     sizes["predictions"] = None if report.predictions is None else len(report.predictions)
     for name, size in sizes.items():
@@ -163,6 +172,31 @@ def _write_images(data: DataFolder, report: Report) -> None:
     data.write("images", {"names": list(report.source.names)}, arrays)
 
 
+def _axes(report: Report) -> tuple[list[str], list[int]]:
+    """Layers and timesteps of the colours, in their order."""
+    return list(dict.fromkeys(layer for layer, _ in report.colours)), sorted({t for _, t in report.colours})
+
+
+def _write_colours(data: DataFolder, report: Report) -> None:
+    layers, timesteps = _axes(report)
+    images = min((len(pixels) for pixels in report.colours.values()), default=0)
+    for start in range(0, images, COLOUR_BLOCK):
+        arrays = {
+            f"l{i}t{j}": report.colours[layer, t][start : min(start + COLOUR_BLOCK, images)]
+            for i, layer in enumerate(layers)
+            for j, t in enumerate(timesteps)
+        }
+        data.write(f"pca-{start // COLOUR_BLOCK:04d}", None, arrays)
+
+
+def _colours(report: Report) -> dict[str, Any] | None:
+    if not report.colours:
+        return None
+    layers, timesteps = _axes(report)
+    images = min(len(pixels) for pixels in report.colours.values())
+    return {"layers": layers, "timesteps": timesteps, "images": list(range(images)), "block": COLOUR_BLOCK}
+
+
 def _summary(report: Report, dictionaries: Sequence[Dictionary], described: Sequence[dict[str, Any]]) -> dict[str, Any]:
     saes = []
     for one, entry in zip(dictionaries, described, strict=True):
@@ -170,7 +204,7 @@ def _summary(report: Report, dictionaries: Sequence[Dictionary], described: Sequ
         saes.append(
             entry
             | {
-                "layer": record.layers[0] if record else None,
+                "layer": one.layer,
                 "provenance": provenance_rows(record),
             }
         )
@@ -179,6 +213,7 @@ def _summary(report: Report, dictionaries: Sequence[Dictionary], described: Sequ
         "classes": None if report.labels is None else list(report.labels.names),
         "maps": list(report.maps),
         "grids": [asdict(grid) for grid in report.grids],
+        "pca": _colours(report),
         "bars": [asdict(bar) for bar in report.bars],
         "predictions": report.predictions is not None,
         "commands": list(report.commands),

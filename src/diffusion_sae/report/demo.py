@@ -21,7 +21,8 @@ from ..sae.modeling import KSparseAutoencoder
 from ..sae.trainer import SAETrainer
 from ..sae.training_args import SAETrainingArguments
 from ..zoo import IMAGES
-from .build import Bar, Grid
+from .build import Bar
+from .grids import Grid
 from .sae import Trained, report_saes
 
 MODEL, LAYER, TIMESTEP = "tiny-sd", "up_ft1", 50

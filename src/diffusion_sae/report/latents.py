@@ -1,5 +1,6 @@
 """The data of one SAE's latents: a table of all that are alive, and blocks of what a latent's own page shows."""
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from ..analysis.firing import Firing, HeatMaps, find_firing, heat_maps, map_shape
+from ..analysis.firing import Firing, HeatMaps, find_firing, grid_of, heat_maps, positions_of
 from ..analysis.metrics.interpretability import purity
 from ..analysis.relations import ClassMoments, class_moments, most_cofiring, most_similar
 from ..sae.modeling import KSparseAutoencoder
@@ -37,7 +38,20 @@ class Name:
     text: str
     score: float | None = None
     """How well the name does, as measured by what gave it."""
+    unit: str = ""
+    """What the score is."""
     runner_up: str | None = None
+    chance: float | None = None
+    """Share of random sets of images whose best name does as well."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a search by text needs: the mean embedding of each latent's top images, less that of all images."""
+
+    clip: str
+    """Hub id or folder of the model of texts and images."""
+    directions: Float[torch.Tensor, "num_latents d"]
 
 
 @dataclass(frozen=True)
@@ -48,11 +62,19 @@ class Dictionary:
     sae: KSparseAutoencoder
     encoded: SparseCodes
     """Of all images, in the order of the report's."""
+    firing: Firing | None = None
+    """Of these codes, where it has been found already."""
     names: Mapping[int, Name] | None = None
     """By latent; where there is none, the most common class of its top images stands for one."""
+    words: Words | None = None
     fvu: float | None = None
     path: str | None = None
     """Where the SAE is, for `diffusion-sae browse`."""
+
+    @property
+    def layer(self) -> str | None:
+        record = self.encoded.provenance
+        return None if record is None else record.layers[0]
 
 
 @dataclass(frozen=True)
@@ -65,7 +87,7 @@ class Labels:
 
 def write_dictionary(folder: DataFolder, key: str, dictionary: Dictionary, labels: Labels | None) -> dict[str, Any]:
     """Write the files `key/…` and return what the page must know of them."""
-    firing = find_firing(dictionary.encoded)
+    firing = dictionary.firing or find_firing(dictionary.encoded)
     living = np.flatnonzero(firing.images_of).astype(np.int32)
     if not len(living):
         raise ValueError(
@@ -74,9 +96,13 @@ def write_dictionary(folder: DataFolder, key: str, dictionary: Dictionary, label
     own, classes = folder.within(key), 0 if labels is None else len(labels.names)
     samples = draw_samples(firing, living, None if labels is None else labels.values, classes)
     strongest = _strongest_of_images(firing)
-    shape = map_shape(dictionary.encoded)
+    shape = grid_of(positions_of(dictionary.encoded))
     with tempfile.TemporaryDirectory(dir=folder.root, prefix="maps-") as temporary:
-        maps = None if shape is None else _all_maps(dictionary.encoded, samples, living, strongest[0], Path(temporary))
+        maps = (
+            None
+            if shape is None
+            else _all_maps(dictionary.encoded, samples, living, strongest[0], shape, Path(temporary))
+        )
         _write_latent_blocks(own, firing, dictionary, living, samples, maps)
         _write_image_blocks(own, *strongest, maps)
         del maps  # its file goes with the folder
@@ -114,7 +140,12 @@ def _strongest_of_images(firing: Firing) -> tuple[Int[np.ndarray, "images n"], F
 
 
 def _all_maps(
-    encoded: SparseCodes, samples: LatentSamples, living: np.ndarray, strongest: np.ndarray, folder: Path
+    encoded: SparseCodes,
+    samples: LatentSamples,
+    living: np.ndarray,
+    strongest: np.ndarray,
+    shape: tuple[int, int],
+    folder: Path,
 ) -> HeatMaps:
     """Heat maps of everything that shows one, on the disk."""
     of_latents = np.where(
@@ -124,8 +155,7 @@ def _all_maps(
     of_images = np.where(strongest < 0, -1, images * encoded.num_latents + strongest)
     pairs = np.unique(np.concatenate([of_latents.ravel(), of_images.ravel()]))
     pairs = pairs[pairs >= 0]
-    height, width = map_shape(encoded) or (0, 0)
-    values = np.memmap(folder / "maps", np.uint8, "w+", shape=(len(pairs), height * width))
+    values = np.memmap(folder / "maps", np.uint8, "w+", shape=(len(pairs), math.prod(shape)))
     return heat_maps(encoded, pairs, values)
 
 
@@ -216,6 +246,8 @@ def _write_table(
             "names": [name.text if name else "" for name in named],
             "scores": [name.score if name else None for name in named],
             "runnersUp": [name.runner_up if name else None for name in named],
+            "chances": [name.chance if name else None for name in named],
+            "unit": next((name.unit for name in named if name), ""),
         }
     folder.write("latents", text, arrays)
     measured = ~np.isnan(share)

@@ -3,22 +3,46 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import torch
 
-from ..analysis.firing import fvu_of_encoded
+from ..analysis.firing import find_firing, fvu_of_encoded, statistics_of
+from ..analysis.latents import LatentStatistics
+from ..analysis.naming import ClassScores, NameScores, VocabularyScores, name_latents, read_vocabulary
 from ..extraction.images import image_id, to_pixel_value
 from ..extraction.sources import ImageSource
+from ..extraction.text_image import TextImageModel
 from ..features import FeatureSet
 from ..sae.code_files import MANIFEST, Manifest
 from ..sae.encoding import encode_features
 from ..sae.modeling import KSparseAutoencoder
+from ..sae.sparse_codes import SparseCodes
 from .build import Report, write_report
-from .latents import Dictionary, Labels, Name
+from .latents import PURITY_OF, Dictionary, Labels, Name, Words
 
 COMPARED = 8
 """Images whose content is compared with what the store says of them."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Words that latents are named by, and the images of the report in the same space."""
+
+    clip: str
+    scores: VocabularyScores
+
+    @classmethod
+    def embed(cls, clip: str, words: str | Path | None, source: ImageSource) -> Self:
+        """
+        Args:
+            clip: Hub id or folder of a CLIP or SigLIP of transformers.
+            words: file of words, as `read_vocabulary` takes it; None for the packaged ones.
+            source: the images of the report.
+        """
+        model = TextImageModel.from_pretrained(clip)
+        return cls(clip, VocabularyScores.of_model(model, read_vocabulary(words), source))
 
 
 @dataclass(frozen=True)
@@ -33,18 +57,50 @@ class Trained:
     path: str | None = None
     """Where the SAE is kept, if `diffusion-sae browse` is to find it."""
 
-    def dictionary(self, *, progress: bool = True) -> Dictionary:
+    def encode(self) -> SparseCodes:
         as_it_is: dict[str, Any] = {}
         if (Path(self.encoded) / MANIFEST).is_file():  # whatever `encode` was told of its files, their content serves
             manifest = Manifest.read(Path(self.encoded))
             as_it_is = {"format": manifest.format, "file_rows": manifest.file_rows}
-        encoded = encode_features(self.sae, self.features, self.encoded, progress=progress, **as_it_is)
-        fvu = fvu_of_encoded(self.sae, self.features, encoded)
-        return Dictionary(self.name, self.sae, encoded, names_of(self.sae), fvu, self.path)
+        return encode_features(self.sae, self.features, self.encoded, **as_it_is)
+
+    def dictionary(self, vocabulary: Vocabulary | None = None) -> Dictionary:
+        encoded = self.encode()
+        firing = find_firing(encoded)
+        statistics = statistics_of(firing, PURITY_OF)
+        names, words = _names(statistics, self.features, vocabulary)
+        return Dictionary(
+            self.name,
+            self.sae,
+            encoded,
+            firing,
+            {**names, **_recorded_names(self.sae)},
+            words,
+            fvu_of_encoded(self.sae, self.features, encoded),
+            self.path,
+        )
 
 
-def names_of(sae: KSparseAutoencoder) -> Mapping[int, Name]:
-    """The names that an SAE's table of latents holds."""
+def _names(
+    statistics: LatentStatistics, features: FeatureSet, vocabulary: Vocabulary | None
+) -> tuple[dict[int, Name], Words | None]:
+    """From the vocabulary, else from the classes of the images, else none."""
+    labels, words = labels_of(features), None
+    if vocabulary is not None:
+        scores: NameScores = vocabulary.scores
+        weights = statistics.top_acts.clamp_min(1e-30)  # of a latent that fires nowhere, too, a mean is taken
+        words = Words(vocabulary.clip, vocabulary.scores.directions(statistics.top_images, weights))
+    elif labels is not None:
+        scores = ClassScores(torch.from_numpy(labels.values), labels.names)
+    else:
+        return {}, None
+    named = name_latents(statistics, scores)
+    names = {n.latent_index: Name(n.name, n.score, n.unit, n.runner_up, n.chance) for n in named}
+    return names, words
+
+
+def _recorded_names(sae: KSparseAutoencoder) -> dict[int, Name]:
+    """Those that the SAE's table of latents holds: they come before others."""
     if sae.latents is None:
         return {}
     columns = [sae.latents.table[name].to_pylist() for name in ("latent_index", "name", "name_score")]
@@ -81,7 +137,12 @@ def _require_same_images(one: Trained, source: ImageSource) -> None:
 
 
 def report_saes(
-    folder: str | Path, title: str, trained: Sequence[Trained], source: ImageSource, **shown: Any
+    folder: str | Path,
+    title: str,
+    trained: Sequence[Trained],
+    source: ImageSource,
+    vocabulary: Vocabulary | None = None,
+    **shown: Any,
 ) -> dict[str, Any]:
     """Write a report of SAEs on the same images.
 
@@ -90,6 +151,7 @@ def report_saes(
         title: what it is about.
         trained: the first one's features give labels and the record of the extraction.
         source: the images that the features were extracted from, in their order.
+        vocabulary: what latents are named by; without one, by the classes of their images.
         shown: further fields of `Report`.
 
     Returns:
@@ -109,7 +171,7 @@ def report_saes(
         crop="center" if provenance is None else provenance.crop,
         **shown,
     )
-    result = write_report(folder, report, [one.dictionary() for one in trained])
+    result = write_report(folder, report, [one.dictionary(vocabulary) for one in trained])
     return {"page": result["page"], **_figures(result["saes"][0])}
 
 

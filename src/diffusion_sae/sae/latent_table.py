@@ -137,11 +137,11 @@ class LatentTable:
         named = len(self) - self.table["name"].null_count
         return f"LatentTable({len(self)} latents on {self.source.num_images} images, {named} named)"
 
-    def with_names(self, names: Mapping[int, str], scores: Mapping[int, float] | None = None) -> Self:
+    def with_names(self, names: Mapping[int, str | None], scores: Mapping[int, float] | None = None) -> Self:
         """The same table with these names, and what they had before for the latents that are not given.
 
         Args:
-            names: by latent.
+            names: by latent; None takes a name away.
             scores: how well each name does; a latent that is given a name without one has none.
         """
         unknown = [i for i in {**names, **(scores or {})} if i not in range(len(self))]

@@ -64,8 +64,15 @@ function Naming({ sae, at, name }) {
     <label class="grow">Name <input ref=${input} type="text" maxlength="200" value=${ownNames(sae)[latent] ?? ""}
       placeholder=${name.by === "you" ? "" : name.text} autocomplete="off" /></label>
     <button>Save name</button>
-    <span role="status">${message || html`${origin}${name.score !== undefined && name.score !== null ? `, score ${name.score.toFixed(2)}` : ""}${name.runnerUp ? html`; runner-up <${Text} of=${name.runnerUp} />` : ""}`}</span>
+    <span role="status">${message || html`${origin}${told(name)}${name.runnerUp ? html`; runner-up <${Text} of=${name.runnerUp} />` : ""}`}</span>
   </form>`;
+}
+
+/** How well a name does, and how often random images do as well. */
+function told({ score, unit, chance }) {
+  if (score === undefined || score === null) return "";
+  const by = chance === null || chance === undefined ? "" : `, as random images have in ${percent(chance)} of draws`;
+  return `: ${score.toFixed(2)} ${unit}${by}`;
 }
 
 function Samples({ report, sae, loaded, query, heat, images }) {

@@ -1,7 +1,7 @@
 // Names that a person gives to latents. They are kept by the browser, for the SAE with these very weights; served by
 // `diffusion-sae browse` they are also written beside the SAE.
 import { useEffect, useState } from "preact/hooks";
-import { saveNames } from "./server.js";
+import { live, savedNames, saveNames } from "./server.js";
 
 const LONGEST = 200;
 const listeners = new Set();
@@ -20,8 +20,13 @@ function read(sae) {
 }
 
 export function ownNames(sae) {
-  if (!kept.has(sae.fingerprint)) kept.set(sae.fingerprint, { ...sae.table.text?.saved, ...read(sae) });
+  if (!kept.has(sae.fingerprint)) kept.set(sae.fingerprint, read(sae));
   return kept.get(sae.fingerprint);
+}
+
+/** Where there is a server, the names that it keeps are the names. */
+export async function fetchNames(sae) {
+  if (live) kept.set(sae.fingerprint, await savedNames(sae));
 }
 
 /** What a latent is called, by whom, how well the name does, and what else it might be called. */
@@ -31,7 +36,10 @@ export function nameOf(sae, i) {
   const own = ownNames(sae)[latent];
   if (own) return { text: own, by: "you" };
   const text = table.text?.names?.[i];
-  if (text) return { text, by: "report", score: table.text.scores[i], runnerUp: table.text.runnersUp[i] };
+  if (text) {
+    const { scores, runnersUp, chances, unit } = table.text;
+    return { text, by: "report", score: scores[i], unit, runnerUp: runnersUp[i], chance: chances[i] };
+  }
   if (table.label[i] >= 0) return { text: classes[table.label[i]], by: "class" };
   return { text: "", by: "" };
 }

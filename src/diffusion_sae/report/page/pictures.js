@@ -5,6 +5,7 @@ import { address } from "./data.js";
 
 const KEPT = 48;
 const sheets = new Map();
+const ready = new Map();
 
 /** A sheet, decoded off the main thread; the ones that were last used are kept. */
 function sheet(number) {
@@ -13,10 +14,19 @@ function sheet(number) {
   sheets.set(number, found);
   if (sheets.size > KEPT) {
     const oldest = sheets.keys().next().value;
-    sheets.get(oldest).then((bitmap) => bitmap.close());
-    sheets.delete(oldest);
+    sheets.delete(oldest); // its memory goes with the last drawing that holds it
+    ready.delete(oldest);
   }
   return found;
+}
+
+/** A sheet that is there already; where it is not, it is fetched, and `then` is called. */
+export function sheetNow(number, then) {
+  if (!ready.has(number)) {
+    ready.set(number, null);
+    sheet(number).then((bitmap) => { ready.set(number, bitmap); then(); });
+  }
+  return ready.get(number);
 }
 
 async function decode(source) {

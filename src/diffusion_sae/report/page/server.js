@@ -19,6 +19,9 @@ export async function saveNames(sae, names) {
   return saved;
 }
 
+/** Names by latent, of those that people named. */
+export const savedNames = (sae) => ask(`names/${sae.key}`);
+
 /** Which latents fire in an image, and where. */
 export const encode = (sae, file) => ask(`encode/${sae.key}`, { method: "POST", body: file });
 
