@@ -30,7 +30,7 @@ def test_every_table_is_of_its_result_file(tables: ModuleType) -> None:
 
 def test_a_recovery_table_has_the_numbers_of_its_result(tables: ModuleType) -> None:
     spread = {"mean": 0.5, "min": 0.25, "max": 0.75}
-    line = {name: spread for name in ("found", "mean_max_cosine", "dead in 65,536", "explained")}
+    line = dict.fromkeys(("found", "mean_max_cosine", "dead in 65,536", "explained"), spread)
     result = {
         "command": "python a.py",
         "machine": {"processor": "P", "cores": 2, "load_at_start": 0.25},
