@@ -175,8 +175,10 @@ runs both sweeps (about an hour on two cores; resumed after a stop), and writes 
 **Protocol.** Linear probes on mean-pooled features; three fits a cell, each on its own 90 % of the training images; one
 draw of the noise and of the random weights ([README](../README.md)'s table has five). L2 strength, layer and timestep
 are chosen on validation images, and every accuracy and margin is of test images. A margin's interval is a paired
-bootstrap over images and fits; *yes* and *no* mean that it leaves 0 out, *undecided* that it does not. Margins are not
-corrected for the number of comparisons on this page: of those whose truth is 0 one in twenty leaves it out.
+bootstrap over images and fits. *Yes* means that every interval of the row leaves 0 out on the side of the observation,
+*no* that one leaves it out on the other side or that the best cell itself lies at the edge in question, *undecided* all
+else. Margins are not corrected for the number of comparisons on this page: of those whose truth is 0 one in twenty
+leaves it out.
 
 **Prompts that hold the class tell the model the answer.** With the class template every image is described by its own
 label, test images as well, so that the probe reads the prompt; with a wrong class, by another class than its own.
