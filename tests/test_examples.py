@@ -1,6 +1,7 @@
 """The examples run."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,16 @@ def test_training_script_resumes_to_the_same_weights(tmp_path: Path) -> None:
     run(script, "--quick", "--threads", "1", "--out", str(tmp_path / "parts"))
     for name in ("tiny-sd.safetensors", "tiny-dit.safetensors", "tiny-sd-samples.png"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_figures_of_the_docs_are_drawn(tmp_path: Path) -> None:
+    run(str(EXAMPLES / "make_figures.py"), "--quick", "--out", str(tmp_path))
+    docs = EXAMPLES.parent / "docs"
+    shown = re.findall(r"]\(figures/([\w-]+\.png)\)", (docs / "figures.md").read_text(encoding="utf-8"))
+    assert {path.name for path in tmp_path.iterdir()} == set(shown)
+    for name in shown:
+        assert (docs / "figures" / name).stat().st_size < 200_000
 
 
 @pytest.mark.slow

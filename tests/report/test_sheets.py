@@ -10,7 +10,7 @@ from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig
 from diffusion_sae.analysis.latents import latent_statistics
 from diffusion_sae.extraction.sources import ImageSource, open_images
 from diffusion_sae.features import FeatureSet
-from diffusion_sae.report.figures.sheets import HEAT, LatentRow, heat_overlay, latent_sheet, top_image_sheet
+from diffusion_sae.report.figures.sheets import HEAT, LatentRow, firing_sheet, heat_overlay, top_image_sheet
 
 IMAGES, NAMES = 12, ["left", "right"]
 
@@ -105,7 +105,7 @@ def features(positions: int = 4, labels: bool = True) -> FeatureSet:
 @pytest.mark.parametrize(("positions", "labels"), [(4, True), (4, False), (1, True)])
 def test_the_sheet_of_an_sae(sae: KSparseAutoencoder, source: ImageSource, positions: int, labels: bool) -> None:
     found = features(positions, labels)
-    figure = latent_sheet(sae, found, source, count=3, columns=2, title="of an SAE")
+    figure = firing_sheet(sae, found, source, count=3, columns=2, title="of an SAE")
     check_text(figure)
     statistics = latent_statistics(sae, found, 2)
     shown = [int(text.removeprefix("latent ")) for text in texts(figure) if text.startswith("latent ")]
@@ -120,14 +120,14 @@ def test_the_sheet_of_an_sae(sae: KSparseAutoencoder, source: ImageSource, posit
 
 
 def test_chosen_and_named_latents(sae: KSparseAutoencoder, source: ImageSource) -> None:
-    figure = latent_sheet(sae, features(), source, latents=[5, 2], names={2: "a snail"}, columns=3)
+    figure = firing_sheet(sae, features(), source, latents=[5, 2], names={2: "a snail"}, columns=3)
     assert [t for t in texts(figure) if t in ("latent 5", "latent 2", "a snail")] == ["latent 5", "a snail", "latent 2"]
 
 
 def test_images_that_are_not_those_of_the_features(sae: KSparseAutoencoder, source: ImageSource) -> None:
     with pytest.raises(ValueError, match="features are of 12 images, the source has 5"):
-        latent_sheet(sae, features(), source.first(5))
+        firing_sheet(sae, features(), source.first(5))
     silent = KSparseAutoencoder(KSparseAutoencoderConfig(d_in=6, num_latents=24, k=4))
     silent.b_enc.data -= 1e6
     with pytest.raises(ValueError, match="No latent fires on 8 of the 12 images"):
-        latent_sheet(silent, features(), source)
+        firing_sheet(silent, features(), source)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .._files import write_atomically
 from ..analysis.sweep.results import SweepResults
 from .figures import sweeps as draw
+from .figures.style import save_figure
 from .sweep_observations import observation_table
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def write_sweep_report(folder: str | Path, output_dir: str | Path | None = None)
     target = Path(folder) / "report" if output_dir is None else Path(output_dir)
     figures = sweep_figures(results)
     for name, (_, figure) in figures.items():
-        write_atomically(target / name, lambda path, drawn=figure: drawn.savefig(path, format="png"))
+        save_figure(figure, target / name)
     captions = {name: caption for name, (caption, _) in figures.items()}
     text = findings(results)
     markdown = "\n".join([text, *(f"![{caption}]({name})\n" for name, caption in captions.items())])

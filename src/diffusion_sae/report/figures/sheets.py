@@ -164,7 +164,7 @@ def _draw_row(axes: "Axes", row: LatentRow, top: float, size: float, columns: in
             show_picture(axes, heat_overlay(image, row.maps[column], peak), left, below + size + GAP, size)
 
 
-def latent_sheet(
+def firing_sheet(
     sae: KSparseAutoencoder,
     features: FeatureSet,
     source: ImageSource,
@@ -176,7 +176,7 @@ def latent_sheet(
     title: str = "",
     statistics: LatentStatistics | None = None,
 ) -> "Figure":
-    """The sheet of an SAE's most interpretable latents, as artifacts show it: `latents.png`.
+    """The sheet of an SAE's most interpretable latents: their top images, and where on each they fire.
 
     With labels these are the purest ones, in turns over the labels; without, the strongest of those that fire on at
     least `columns` images. Where features are of a square grid of positions, each image also shows where it fires.

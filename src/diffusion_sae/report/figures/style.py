@@ -116,7 +116,7 @@ def save_figure(figure: "Figure", path: str | Path, *, dpi: int = DPI, colours: 
 
 @styled
 def figure_bytes(figure: "Figure", kind: str = "png", *, dpi: int = DPI, colours: int | None = None) -> bytes:
-    """The content of a file, such as `latents.png` of an artifact. There is no time of day in it: the same figure is
+    """The content of a file, for a page or an artifact. There is no time of day in it: the same figure is
     the same bytes.
 
     Args:
