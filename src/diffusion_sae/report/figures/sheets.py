@@ -188,7 +188,7 @@ def firing_sheet(
         latents: these, instead of the most interpretable.
         count: latents that are chosen.
         columns: images a latent.
-        names: of latents, by index; of others the most common label of the images shown.
+        names: titles of latents, by index; others are titled by their number.
         title: above the sheet.
         statistics: `latent_statistics(sae, features, columns)`, if it is known already.
 
