@@ -10,6 +10,7 @@ from jaxtyping import Float
 from .style import TITLE, WIDTH, legend_below, new_figure, percent, plain_text, series_style, shortened, styled
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BINS_A_DECADE = 5
@@ -61,22 +62,26 @@ def density_histogram(
         width = 0.8 / len(arrays)
         look = {"color": style["color"], "hatch": HATCHES[number % len(HATCHES)], "edgecolor": "white"}
         dead.bar(number * width + width / 2 - 0.4, no_fire, width=0.9 * width, linewidth=0, **look)
-    axes.set_xticks(range(lowest, 1), [_power(exponent) for exponent in range(lowest, 1)])
-    axes.set_xlabel(plain_text(f"density: share of {of} in which a latent is active; dotted: the median"))
-    dead.set_xticks([0], ["dead"])
-    dead.set_xlim(-0.6, 0.6)
-    dead.set_ylabel("latents" if len(arrays) == 1 else "share of the latents")
-    if len(arrays) > 1:
-        dead.yaxis.set_major_formatter(percent)
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    for each in (axes, dead):
-        each.grid(axis="y", alpha=0.5)
+    _label(dead, axes, lowest, of, several=len(arrays) > 1)
     shares = [f"{(v == 0).mean():.1%} of {len(v):,} latents are dead" for v in arrays.values()]
     line = title if len(arrays) > 1 else "; ".join(part for part in (title, shares[0]) if part)
     figure.suptitle(shortened(line, WIDTH - 0.4, TITLE), fontsize=TITLE, x=0.01, ha="left")
     legend_below(figure, handles if len(arrays) > 1 else {})
     return figure
+
+
+def _label(dead: "Axes", axes: "Axes", lowest: int, of: str, *, several: bool) -> None:
+    axes.set_xticks(range(lowest, 1), [_power(exponent) for exponent in range(lowest, 1)])
+    axes.set_xlabel(plain_text(f"density: share of {of} in which a latent is active; dotted: the median"))
+    dead.set_xticks([0], ["dead"])
+    dead.set_xlim(-0.6, 0.6)
+    dead.set_ylabel("share of the latents" if several else "latents")
+    if several:
+        dead.yaxis.set_major_formatter(percent)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    for each in (axes, dead):
+        each.grid(axis="y", alpha=0.5)
 
 
 def _power(exponent: int) -> str:
