@@ -161,6 +161,8 @@ def test_a_map_has_all_images() -> None:
     assert sum(len(drawn.get_offsets()) for drawn in figure.axes[0].collections) == 300
     assert len(figure.legends[0].get_texts()) == 10
     assert "first component (40 % of the variance)" in texts(figure)
+    looks = {(len(c.get_facecolor()), len(c.get_paths()[0].vertices)) for c in figure.axes[0].collections}
+    assert {filled for filled, _ in looks} == {0, 1}  # after seven classes the markers are open
     many = FIGURES["image map, many"]()
     assert not many.legends
     assert 3 < sum(text.startswith("class ") for text in texts(many)) <= 40

@@ -10,8 +10,10 @@ from PIL import Image
 from ...analysis.maps import ColourMaps, ImageMap
 from .sheets import square
 from .style import (
+    COLOURS,
     GAP,
     MARGIN,
+    MARKERS,
     QUIET,
     SMALL,
     TITLE,
@@ -21,7 +23,6 @@ from .style import (
     legend_below,
     new_figure,
     plain_text,
-    series_style,
     shortened,
     show_picture,
     styled,
@@ -43,7 +44,7 @@ def image_map_figure(
     *,
     title: str = "",
 ) -> "Figure":
-    """A point an image; classes differ by colour and marker, and their names stand in the legend.
+    """A point an image; classes differ by marker, filled or open, and their names stand in the legend.
 
     Of more than 14 classes the names stand at the middles of the largest ones, and colour is left out.
 
@@ -68,10 +69,11 @@ def image_map_figure(
     if 0 < len(classes) <= MOST_CLASSES and labels is not None:
         for number, one in enumerate(classes):
             own = points[np.asarray(labels) == one]
-            style = series_style(number)
+            turn, place = divmod(number, len(MARKERS))
+            filled = COLOURS[place] if turn == 0 else "none"
             name = str(one) if class_names is None else class_names[int(one)]
-            look = {"color": style["color"], "marker": style["marker"], "alpha": 0.7, "linewidths": 0}
-            handles[name] = axes.scatter(*own.T, s=size, **look)
+            look = {"facecolors": filled, "edgecolors": COLOURS[place], "marker": MARKERS[place], "alpha": 0.7}
+            handles[name] = axes.scatter(*own.T, s=size, linewidths=0.8, **look)
         legend_below(figure, handles, most=7)
     else:
         axes.scatter(*points.T, s=size, color="#0072B2", alpha=0.5, linewidths=0)
