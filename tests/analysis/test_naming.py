@@ -197,13 +197,16 @@ def test_captions_against_the_formula() -> None:
 
 
 def test_captions_name_what_sets_images_apart() -> None:
-    """`a` is in nearly all captions; the phrase stands for its words, and the runner-up is another thing."""
+    """A phrase stands for its words, `a` begins none, and the runner-up is no part of the name."""
     scores = CaptionScores(CAPTIONS, least_captions=2)
     found = statistics([[0, 1, 2, 3], [4, 7, 5, 6]], [[4.0, 3, 2, 1], [2.0, 1, 0, 0]], 10)
     boots, stripes = name_latents(found, scores)
     assert (boots.name, boots.runner_up, boots.unit) == ("ankle boot", "black", "z")
     assert stripes.name == "with stripes"
     assert boots.chance < 0.2
+    photos = [f"a photo of a {'shoe' if i < 5 else 'bag'} on white, number {i}" for i in range(10)]
+    (shoe,) = name_latents(statistics([[0, 1, 2, 3]], [[1.0] * 4], 10), CaptionScores(photos))
+    assert (shoe.name, shoe.runner_up) == ("shoe", None)
 
 
 def test_images_without_captions() -> None:

@@ -31,8 +31,9 @@ class CaptionScores:
         z = δ / σ,   δ = log (y + a)/(n − y + b) − log (Y − y + a)/(N − n − Y + y + b),
         σ² = 1/(y + a) + 1/(n − y + b) + 1/(Y − y + a) + 1/(N − n − Y + y + b),   a = α Y/N,   b = α − a.
 
-    The prior is worth α captions at the base rate: words that all captions have need no list of stop words. A phrase
-    goes before a word of it with the same score. `NameScores` of `naming.name_latents`.
+    The prior is worth α captions at the base rate. A phrase is a name only if each of its words has at least half of
+    its score, so that no list of stop words is needed, and goes before a word of it with the same score. `NameScores`
+    of `naming.name_latents`.
     """
 
     unit = "z"
@@ -55,7 +56,8 @@ class CaptionScores:
         check_integer("least_captions", least_captions, 1)
         each = [phrases_of(caption, longest) for caption in captions]
         having = Counter(phrase for phrases in each for phrase in phrases)
-        self.names = sorted(name for name, count in having.items() if least_captions <= count < len(captions))
+        frequent = {name for name, count in having.items() if least_captions <= count < len(captions)}
+        self.names = sorted(name for name in frequent if frequent.issuperset(name.split()))
         if not self.names:
             raise ValueError(
                 f"No word is in at least {least_captions} of the {len(captions)} captions without being in all. Name "
@@ -69,7 +71,9 @@ class CaptionScores:
             (np.ones(starts[-1], np.float32), np.concatenate(places), starts), shape=(len(each), len(self.names))
         )
         self._total = torch.tensor([having[name] for name in self.names], dtype=torch.float64)
-        self._words = torch.tensor([len(name.split()) for name in self.names], dtype=torch.float64)
+        words = [[index[word] for word in name.split()] for name in self.names]
+        self._lengths = torch.tensor([len(own) for own in words], dtype=torch.float64)
+        self._words = torch.tensor([own + own[:1] * (longest - len(own)) for own in words])  # (names, longest)
         self._captions, self._prior = len(captions), prior
 
     def __call__(self, images: Int[Tensor, "m n"], weights: Float[Tensor, "m n"]) -> Float[Tensor, "m names"]:
@@ -85,4 +89,5 @@ class CaptionScores:
         counts = (y + a, n - y + b, self._total - y + a, self._captions - n - self._total + y + b)
         delta = counts[0].log() - counts[1].log() - counts[2].log() + counts[3].log()
         z = delta / torch.stack([1 / count for count in counts]).sum(0).sqrt()
-        return torch.where(y > 0, z + 1e-9 * self._words, -torch.inf)
+        whole = torch.stack([z[:, self._words[:, place]] for place in range(self._words.shape[1])]).amin(0) >= z / 2
+        return torch.where((y > 0) & (whole | (self._lengths == 1)), z + 1e-9 * self._lengths, -torch.inf)
