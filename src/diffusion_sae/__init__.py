@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .analysis.sweep.run import Sweep
     from .extraction.extractor import DiffusionFeatureExtractor
     from .features import FeatureStore
+    from .hub.listing import list_artifacts
     from .probes.configuration import DiffusionProbeConfig
     from .probes.modeling import DiffusionProbe
     from .probes.trainer import ProbeTrainer
@@ -36,6 +37,7 @@ _HOMES = {
     "SweepConfig": "analysis.sweep.config",
     "SparseCodes": "sae.sparse_codes",
     "encode_features": "sae.encoding",
+    "list_artifacts": "hub.listing",
 }
 __all__ = [
     "DiffusionFeatureExtractor",
@@ -52,6 +54,7 @@ __all__ = [
     "Sweep",
     "SweepConfig",
     "encode_features",
+    "list_artifacts",
 ]
 __version__ = "0.1.0"
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": "SAEs of other libraries into artifacts, and back",
     "browse": "a report with live actions: drop an image, save names, search by text",
     "push": "push a trained artifact or a feature store to the Hub",
+    "list": "artifacts on the Hub, by author, model, layer, timestep or data set",
     "layers": "the layers of a model, with width and stride",
 }
 

@@ -23,6 +23,7 @@ METRICS_NAME = "metrics.json"
 _OPTIONAL_FILES = (
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
     *(METRICS_NAME, EXTRACTOR_CONFIG_NAME, "preprocessor_config.json", "latents.parquet", "latents.png"),
+    "modeling_k_sparse_autoencoder.py",
 )
 # what transformers itself writes into or passes to a config, beside the dataclass fields
 _TRANSFORMERS_KEYS = frozenset(
@@ -71,7 +72,8 @@ class ArtifactConfig(PreTrainedConfig):
         missing = [name for name in cls.required_keys if name not in config_dict]
         if missing:
             raise ValueError(f"{cls.__name__} needs {', '.join(missing)}, which the given config lacks.")
-        return super().from_dict(config_dict, **kwargs)
+        # auto_map is of one saved with its code, which the package does not need; a second save would name no file
+        return super().from_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
 
 class ArtifactModel(PreTrainedModel):
@@ -132,16 +134,26 @@ class ArtifactModel(PreTrainedModel):
             if kwargs.get("variant") is None:  # else it is saved beside what is there
                 _remove_leftovers(Path(save_directory), {path.name for path in folder.iterdir()})
         if push_to_hub:
-            self.push_to_hub(repo_id, **hub, **{k: v for k, v in kwargs.items() if k == "max_shard_size"})
+            self.push_to_hub(
+                repo_id, **hub, **{k: v for k, v in kwargs.items() if k in ("max_shard_size", "export_code")}
+            )
 
-    def _write_artifact(self, folder: Path, repo_id: str, subfolder: str = "", **kwargs: Any) -> None:
+    def _write_artifact(
+        self, folder: Path, repo_id: str, subfolder: str = "", *, export_code: bool = False, **kwargs: Any
+    ) -> None:
         super().save_pretrained(folder, **kwargs)
+        if export_code:
+            self._export_code(folder)
         if self.provenance is not None:
             self.provenance.save(folder)
         if self.metrics:
             write_json(folder / METRICS_NAME, self.metrics)
         self._write_records(folder)
         write_artifact_card(folder, self, repo_id, subfolder)
+
+    def _export_code(self, folder: Path) -> None:  # noqa: ARG002
+        """Put code that stands alone beside the weights; of the kinds of artifacts that have some."""
+        raise ValueError(f"{type(self).__name__} has no code that could be saved beside it. Leave out export_code.")
 
     def _write_records(self, folder: Path) -> None:
         """What an artifact of this kind has beside its weights and what all have."""
@@ -157,7 +169,13 @@ class ArtifactModel(PreTrainedModel):
         return f" of `{layers}` of `{self.provenance.model}` at timestep {timesteps}"
 
     def push_to_hub(  # type: ignore[override]
-        self, repo_id: str, *, subfolder: str = "", max_shard_size: int | str = "50GB", **hub: Any
+        self,
+        repo_id: str,
+        *,
+        subfolder: str = "",
+        max_shard_size: int | str = "50GB",
+        export_code: bool = False,
+        **hub: Any,
     ) -> str:
         """Push weights, config, card and metrics in one commit; what is there already is not sent again.
 
@@ -165,6 +183,8 @@ class ArtifactModel(PreTrainedModel):
             repo_id: `owner/name`.
             subfolder: where in the repository, for several artifacts in one.
             max_shard_size: of a file of weights, as in `save_pretrained`.
+            export_code: of an SAE: put code beside the weights that needs torch and transformers alone, for
+                `AutoModel.from_pretrained(…, trust_remote_code=True)` of those who do not have this library.
             **hub: see `push_folder`.
 
         Returns:
@@ -172,7 +192,7 @@ class ArtifactModel(PreTrainedModel):
         """
 
         def write(folder: Path, repo_id: str) -> None:
-            self._write_artifact(folder, repo_id, subfolder, max_shard_size=max_shard_size)
+            self._write_artifact(folder, repo_id, subfolder, export_code=export_code, max_shard_size=max_shard_size)
 
         return push_folder(repo_id, write, subfolder=subfolder, delete_patterns=_OPTIONAL_FILES, **hub)
 

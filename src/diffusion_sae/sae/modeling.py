@@ -18,6 +18,7 @@ from .activations import JumpReLU, Step, batch_top_k
 from .card import card_text
 from .code import KSparseAutoencoderOutput, SparseCode
 from .configuration import DENSE, TOP_K, KSparseAutoencoderConfig
+from .export_code import ExportsCode
 from .foreign import load_foreign, save_foreign
 from .initialisation import initial_weights
 from .latent_table import DescribedLatents
@@ -28,7 +29,7 @@ from .sparse import Choose, DecodeRows, Encode, NormalizedMSE, SparseGradients, 
 INITIAL_THRESHOLD = 0.001  # of a JumpReLU (Rajamanoharan et al. 2024, §5), for rows of about unit length
 
 
-class KSparseAutoencoder(DescribedLatents, ArtifactModel):
+class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
     """A k-sparse autoencoder (Makhzani & Frey 2013; Gao et al. 2024, §2.3; Revelio, §3.2):
 
         z = act(W_encᵀ (x − b_dec) + b_enc),    x̂ = W_decᵀ z + b_dec

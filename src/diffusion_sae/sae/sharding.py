@@ -161,7 +161,7 @@ class SAEShard(KSparseAutoencoder):
         """How many of a nested dictionary's latents are here, which are the first ones."""
         return [min(max(size - self.low, 0), self.high - self.low) for size in super()._nested_sizes()]
 
-    def _write_artifact(self, folder: Any, repo_id: str, subfolder: str = "", **kwargs: Any) -> None:  # noqa: ARG002
+    def _write_artifact(self, folder: Any, repo_id: str, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         raise ValueError(
             f"This process holds the latents {self.low}…{self.high - 1} of {self.config.num_latents}, which is no "
             "artifact: the training saves the whole one in output_dir. On the way, call `whole()` in all processes, "
