@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# a process a core with one thread each; a file's tests stay together, as they share what is slow to build
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: browser demo page test test-fast check format lint types clean
 
@@ -10,10 +12,10 @@ demo: $(STAMP)
 	$(BIN)/diffusion-sae demo
 
 test: $(STAMP) browser
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # the tests of the page look at it in a real browser
 browser:

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -25,6 +27,12 @@ def peer_python() -> Path:
     Raises:
         subprocess.CalledProcessError: if venv or pip fails.
     """
+    FOLDER.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{FOLDER}.lock"):  # tests that run side by side want it at once
+        return _made_or_found()
+
+
+def _made_or_found() -> Path:
     stamp = FOLDER / "installed.txt"
     wanted = f"Python {sys.version_info.major}.{sys.version_info.minor}\n" + "".join(
         file.read_text(encoding="utf-8") for file in (REQUIREMENTS, CONSTRAINTS)
