@@ -60,7 +60,7 @@ def parse_json(text: bytes, where: str) -> Any:
     """Content of a JSON file, which an error calls `where`."""
     try:
         return json.loads(text.decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON ({error}). Restore it or delete it and make it anew.") from error
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from ._config import JsonConfig, check, check_choice, check_integer, check_number
 from ._files import fingerprint_of, read_json, write_json
@@ -196,7 +196,9 @@ class Provenance(ExtractorConfig):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        content: dict[str, Any] = read_json(path)
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}, not the record of an extraction.")  # noqa: TRY004
         recorded = content.pop("fingerprint", None)
         provenance = cls.from_dict(content)
         if recorded != provenance.fingerprint:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .._config import refuse_unknown
-from .._files import atomic_folder, read_json, write_json
+from .._config import check, check_integer, refuse_unknown
+from .._files import atomic_folder, parse_json, read_json, write_json
 from ..provenance import EXTRACTOR_CONFIG_NAME, Provenance
 from ..zoo import resolve_source
+from .artifact_weights import Find, refuse_differences, require_described_weights
 from .card import write_artifact_card
 from .push import push_folder
+from .safe_files import MAX_JSON_BYTES, DamagedFileError, refuse_not_finite
 
 METRICS_NAME = "metrics.json"
+MAX_LABELS = 1_000_000
 # what one save may write and the next not: shards, and the records of a trained artifact
 _OPTIONAL_FILES = (
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
@@ -102,24 +106,27 @@ class ArtifactModel(PreTrainedModel):
         # safe files: without it transformers takes pytorch_model.bin where there is no safetensors file, and reading
         # that format can run code of whoever made it; with it such an artifact is refused
         kwargs["use_safetensors"] = True
+        name, find = str(pretrained_model_name_or_path), partial(_find_file, source, kwargs=kwargs)
+        _refuse_hostile_config(find)
         try:
+            require_described_weights(cls, name, find, source=source, **kwargs)
             loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(
-                f"The weights of {str(pretrained_model_name_or_path)!r} are damaged ({error}). Download or save them "
-                "again."
-            ) from error
+        except (SafetensorError, DamagedFileError) as error:
+            raise ValueError(f"The weights of {name!r} are damaged ({error}). Download or save them again.") from error
         except OSError as error:
             if source in str(error):
                 raise
             raise OSError(f"Cannot load {source!r}. {error}") from error  # offline, transformers does not name it
         model, info = loaded
-        _refuse_loading_problems(str(pretrained_model_name_or_path), info)
-        provenance = _find_file(source, EXTRACTOR_CONFIG_NAME, kwargs)
+        _refuse_loading_problems(name, info)
+        refuse_not_finite(model.state_dict(), repr(name))
+        provenance = find(EXTRACTOR_CONFIG_NAME)
         model.provenance = None if provenance is None else Provenance.load(provenance)
-        metrics = _find_file(source, METRICS_NAME, kwargs)
+        metrics = find(METRICS_NAME)
         model.metrics = {} if metrics is None else read_json(metrics)
-        model._read_records(lambda name: _find_file(source, name, kwargs))
+        if not isinstance(model.metrics, dict):
+            raise ValueError(f"{METRICS_NAME} of {name!r} holds a {type(model.metrics).__name__}, not an object.")  # noqa: TRY004
+        model._read_records(find)
         own = ("token", "cache_dir", "local_files_only")
         model.hub_arguments = {key: kwargs[key] for key in own if kwargs.get(key) is not None}
         return (model, info) if wants_info else model
@@ -205,20 +212,27 @@ def _remove_leftovers(folder: Path, written: set[str]) -> None:
 
 
 def _refuse_loading_problems(name: str, info: dict[str, Any]) -> None:
-    problems = []
-    for key, what in (("missing_keys", "lacks"), ("unexpected_keys", "has the unexpected")):
-        if info[key]:
-            problems.append(f"{what} {', '.join(sorted(info[key]))}")
-    for key, found, expected in sorted(info["mismatched_keys"]):
-        problems.append(f"has {key} of shape {tuple(found)} where the config asks for {tuple(expected)}")
-    if problems:
-        raise ValueError(
-            f"The weights file of {name!r} {'; '.join(problems)}. It must hold exactly what its config describes: "
-            "save or download the artifact again."
-        )
+    misshapen = {key: (tuple(found), tuple(expected)) for key, found, expected in info["mismatched_keys"]}
+    refuse_differences(
+        name, missing=set(info["missing_keys"]), unexpected=set(info["unexpected_keys"]), misshapen=misshapen
+    )
 
 
-def _find_file(source: str, name: str, kwargs: dict[str, Any]) -> str | None:
+def _refuse_hostile_config(find: Find) -> None:
+    """Before transformers reads it, which makes a name for each of `num_labels` and follows any depth."""
+    path = find("config.json")
+    if path is None:
+        return  # what loads it says so
+    size = Path(path).stat().st_size
+    check(size <= MAX_JSON_BYTES, f"config.json has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read.")
+    content = parse_json(Path(path).read_bytes(), "config.json")
+    if not isinstance(content, dict):
+        raise ValueError(f"config.json holds a {type(content).__name__}, not an object of settings.")  # noqa: TRY004
+    if content.get("num_labels") is not None:
+        check_integer("num_labels of config.json", content["num_labels"], 0, MAX_LABELS)
+
+
+def _find_file(source: str, name: str, *, kwargs: dict[str, Any]) -> str | None:
     """Path of an optional file of an artifact, downloaded if need be; None if there is none.
 
     Raises:

@@ -21,6 +21,10 @@ SHARD = re.compile(r"[\w.-]+\.safetensors")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+class DamagedFileError(ValueError):
+    """A weights file that is cut off, or no weights file."""
+
+
 class TensorInfo(NamedTuple):
     dtype: str
     """As safetensors calls it: F32, I64, …"""
@@ -31,7 +35,8 @@ def tensor_table(path: str | Path) -> dict[str, TensorInfo]:
     """Names, types and shapes of a safetensors file, from its header alone.
 
     Raises:
-        ValueError: if the file is damaged, or its header is larger than a million bytes.
+        DamagedFileError: if the file is damaged.
+        ValueError: if its header is larger than a million bytes.
     """
     path = Path(path)
     damaged = f"{path.name} is no safetensors file, or it is damaged"
@@ -51,7 +56,7 @@ def tensor_table(path: str | Path) -> dict[str, TensorInfo]:
             if name != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{damaged} ({type(error).__name__} in its header). Download it again.") from error
+        raise DamagedFileError(f"{damaged} ({type(error).__name__} in its header). Download it again.") from error
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -64,7 +69,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{Path(path).name} is damaged ({error}). Download it again.") from error
+        raise DamagedFileError(f"{Path(path).name} is damaged ({error}). Download it again.") from error
 
 
 def shards_of(index: str | Path) -> dict[str, str]:

@@ -73,7 +73,7 @@ class DiffusionProbeConfig(ArtifactConfig):
         ):
             check_choice(name, getattr(self, name), allowed)
         for name in ("width", "depth", "num_attention_heads", "pool_size"):
-            check_integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1, 1000 if name == "depth" else None)
         check_number("dropout", self.dropout, 0, 1)
         check_number("temperature", self.temperature, 0, open_low=True)
         check_integer("init_seed", self.init_seed, 0)

@@ -1,0 +1,272 @@
+"""Files that somebody made to do harm: each is refused with the library's own error, at once, or shown to do none."""
+
+import json
+import struct
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffusion_sae import DiffusionProbe, KSparseAutoencoder, KSparseAutoencoderConfig
+from diffusion_sae.hub.safe_files import MAX_HEADER_BYTES, MAX_JSON_BYTES, refuse_not_finite, tensor_table
+from diffusion_sae.provenance import Provenance
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SECRET = "root:x:0:0:the content of another file"
+
+
+@pytest.fixture
+def sae_folder(tmp_path: Path) -> Path:
+    sae = KSparseAutoencoder(KSparseAutoencoderConfig(d_in=6, num_latents=24, k=3))
+    sae.provenance = Provenance(model="a/b", layers=("up_ft1",), timesteps=(25,), image_size=64, weights="0" * 16)
+    sae.save_pretrained(tmp_path / "sae")
+    return tmp_path / "sae"
+
+
+@pytest.fixture(autouse=True)
+def at_once() -> Iterator[None]:
+    """Whatever a hostile file asks for, it is not given: neither the time nor the memory."""
+    started = time.process_time()
+    yield
+    assert time.process_time() - started < 10
+
+
+def refused(folder: Path, message: str, loader: Any = KSparseAutoencoder) -> str:
+    with pytest.raises(ValueError, match=message) as error:
+        loader.from_pretrained(folder)
+    return str(error.value)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def write_header(path: Path, header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None) -> None:
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(content) if length is None else length) + content + data)
+
+
+class TestConfigs:
+    @pytest.mark.parametrize(
+        ("sizes", "message"),
+        [
+            (
+                {"d_in": 10**6, "num_latents": 10**7, "expansion_factor": 10},
+                r"W_dec of shape \(24, 6\) where the config",
+            ),
+            ({"d_in": 10**12, "num_latents": 10**12, "expansion_factor": 1}, "more numbers than there can be|overflow"),
+            ({"d_in": 6, "num_latents": 24, "k": 10**30}, "k must be at most num_latents = 24"),
+            ({"d_in": -1}, "d_in must be an integer ≥ 1, got -1"),
+            ({"num_labels": 10**15}, "num_labels of config.json must be an integer in 0…1000000"),
+        ],
+    )
+    def test_huge_sizes(self, sizes: dict[str, int], message: str, sae_folder: Path) -> None:
+        edit(sae_folder / "config.json", **sizes)
+        refused(sae_folder, message)
+
+    def test_a_probe_of_a_billion_layers(self, tmp_path: Path) -> None:
+        config = {"model_type": "diffusion-probe", "d_in": 4, "head": "mlp", "depth": 10**9}
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        save_file({"x": torch.ones(1)}, tmp_path / WEIGHTS)
+        refused(tmp_path, "depth must be an integer in 1…1000, got 1000000000", DiffusionProbe)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("[" * 10**6, "config.json is not valid JSON"),
+            ("[1]", "config.json holds a list, not an object of settings"),
+            (" " * (MAX_JSON_BYTES + 1), r"config.json has 16,777,217 bytes; at most 16,777,216 are read"),
+            ("\0\xff", "config.json is not valid JSON"),
+        ],
+    )
+    def test_no_config(self, content: str, message: str, sae_folder: Path) -> None:
+        (sae_folder / "config.json").write_text(content, encoding="latin-1")
+        refused(sae_folder, message)
+
+    def test_no_code_comes_with_a_config(self, sae_folder: Path) -> None:
+        """`auto_map` names a Python file of the artifact; nothing imports it."""
+        marker = sae_folder / "ran"
+        (sae_folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: ...\n", encoding="utf-8")
+        edit(sae_folder / "config.json", auto_map={"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"})
+        KSparseAutoencoder.from_pretrained(sae_folder)
+        assert not marker.exists()
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [("metrics.json", "metrics.json of .* holds a list"), ("extractor_config.json", "not the record")],
+    )
+    def test_records_of_another_form(self, name: str, message: str, sae_folder: Path) -> None:
+        (sae_folder / name).write_text("[1]", encoding="utf-8")
+        refused(sae_folder, message)
+
+
+class TestWeights:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_not_finite(self, value: float, sae_folder: Path) -> None:
+        tensors = load_file(sae_folder / WEIGHTS)
+        tensors["W_dec"][3, 2] = value
+        save_file(tensors, sae_folder / WEIGHTS, metadata={"format": "pt"})
+        refused(sae_folder, "W_dec holds NaN or infinite values")
+
+    def test_a_sum_that_overflows_is_no_infinity(self) -> None:
+        refuse_not_finite({"large": torch.full((4,), torch.finfo(torch.float32).max)}, "here")
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+    def test_wrong_types(self, dtype: torch.dtype, sae_folder: Path) -> None:
+        tensors = load_file(sae_folder / WEIGHTS)
+        save_file(tensors | {"b_enc": tensors["b_enc"].to(dtype)}, sae_folder / WEIGHTS, metadata={"format": "pt"})
+        refused(sae_folder, "has b_enc as .* where the config asks for F64, F32, F16, BF16")
+
+    def test_a_million_tensors(self, sae_folder: Path) -> None:
+        entries = {f"tensor.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10**6)}
+        write_header(sae_folder / WEIGHTS, entries)
+        refused(sae_folder, r"header of [\d,]+ bytes, which lists far more tensors than an SAE or a probe has")
+
+    def test_as_many_tensors_as_are_read(self, sae_folder: Path) -> None:
+        entries = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(15_000)}
+        write_header(sae_folder / WEIGHTS, entries)
+        assert (sae_folder / WEIGHTS).stat().st_size < MAX_HEADER_BYTES
+        assert len(refused(sae_folder, "lacks W_dec.*has the unexpected t0, .* and 14,990 more")) < 2000
+
+    @pytest.mark.parametrize(
+        ("header", "length"),
+        [
+            (b"{}", 2**63),
+            (b"{}", 2**20),
+            (b"[" * 10**5, None),
+            (b'{"W_enc": 3}', None),
+            ({"W_enc": {"dtype": "F32", "shape": [6, "x"], "data_offsets": [0, 4]}}, None),
+            ({"W_enc": {"dtype": "F32", "shape": [10**30], "data_offsets": [0, 4]}}, None),
+            ({"W_enc": {"dtype": "F32", "shape": [6, 24], "data_offsets": [0, 10**15]}}, None),
+        ],
+    )
+    def test_headers_that_lie(self, header: Any, length: int | None, sae_folder: Path) -> None:
+        write_header(sae_folder / WEIGHTS, header, b"1234", length)
+        refused(sae_folder, "header of|are damaged|lacks")
+        with pytest.raises(ValueError, match=r"header of|is damaged"):
+            KSparseAutoencoder.from_foreign(sae_folder / WEIGHTS, format="revelio", k=1)
+
+    def test_the_table_is_that_of_the_file(self, sae_folder: Path) -> None:
+        table = tensor_table(sae_folder / WEIGHTS)
+        assert table["W_enc"] == ("F32", (6, 24))
+        assert set(table) == {"W_enc", "b_enc", "W_dec", "b_dec"}
+
+    def test_an_archive_of_torch_that_unpacks_to_more(self, tmp_path: Path) -> None:
+        """A zip bomb: PyTorch itself would unpack it."""
+        torch.save({"W_enc": torch.zeros(2000, 2000)}, tmp_path / "weights.pt")
+        with (
+            zipfile.ZipFile(tmp_path / "weights.pt") as archive,
+            zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+        ):
+            for member in archive.infolist():
+                packed.writestr(member.filename.replace("weights", "bomb"), archive.read(member))
+        assert (tmp_path / "bomb.pt").stat().st_size < 100_000
+        with pytest.raises(ValueError, match=r"holds compressed members .* may unpack to any size"):
+            KSparseAutoencoder.from_foreign(tmp_path / "bomb.pt", k=1)
+
+    def test_a_pickle_of_megabytes(self, tmp_path: Path) -> None:
+        torch.save({f"tensor {i}": 1 for i in range(10**5)}, tmp_path / "many.pt")
+        with pytest.raises(ValueError, match=r"describes its tensors in [\d,]+ bytes, far more than an SAE needs"):
+            KSparseAutoencoder.from_foreign(tmp_path / "many.pt", k=1)
+
+    def test_damaged_archives(self, tmp_path: Path) -> None:
+        torch.save({"W_enc": torch.ones(3, 2)}, tmp_path / "weights.pt")
+        content = (tmp_path / "weights.pt").read_bytes()
+        for start in range(0, len(content), 37):
+            (tmp_path / "broken.pt").write_bytes(content[:start] + b"\xff" * 8 + content[start + 8 :])
+            with pytest.raises(ValueError, match=r"broken\.pt|Revelio's weights|no checkpoint that is known"):
+                KSparseAutoencoder.from_foreign(tmp_path / "broken.pt", k=1)
+
+
+class TestShards:
+    @pytest.fixture
+    def sharded(self, sae_folder: Path) -> Path:
+        sae = KSparseAutoencoder.from_pretrained(sae_folder)
+        sae.save_pretrained(sae_folder, max_shard_size="1KB")
+        assert (sae_folder / INDEX).is_file()
+        KSparseAutoencoder.from_pretrained(sae_folder)
+        return sae_folder
+
+    @pytest.mark.parametrize(
+        "place",
+        [
+            "../secret.safetensors",
+            "/etc/secret.safetensors",
+            "sub/secret.safetensors",
+            "..\\secret.safetensors",
+            ".hidden.safetensors",
+            "secret.bin",
+            7,
+            None,
+        ],
+    )
+    def test_a_shard_is_a_file_beside_the_index(self, place: Any, sharded: Path) -> None:
+        save_file(
+            load_file(sharded / sorted(p.name for p in sharded.glob("model-*"))[0]),
+            sharded.parent / "secret.safetensors",
+        )
+        index = json.loads((sharded / INDEX).read_text(encoding="utf-8"))
+        index["weight_map"]["W_enc"] = place
+        (sharded / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        refused(sharded, "says that W_enc lies in .* A shard is a .safetensors file beside the index")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "is not valid JSON"),
+            ("[" * 10**6, "is not valid JSON"),
+            ("[]", "has no weight_map"),
+            ('{"weight_map": {}}', "has no weight_map"),
+            (
+                json.dumps({"weight_map": {f"t{i}": f"model-{i}.safetensors" for i in range(1001)}}),
+                "names 1,001 shards",
+            ),
+            ('{"weight_map": {"W_enc": "other.safetensors"}}', "names other.safetensors, which the artifact lacks"),
+            (" " * (MAX_JSON_BYTES + 1), "has 16,777,217 bytes"),
+        ],
+    )
+    def test_damaged_indexes(self, content: str, message: str, sharded: Path) -> None:
+        (sharded / INDEX).write_text(content, encoding="utf-8")
+        refused(sharded, message)
+
+    def test_an_index_that_does_not_say_what_is_in_a_shard(self, sharded: Path) -> None:
+        index = json.loads((sharded / INDEX).read_text(encoding="utf-8"))
+        del index["weight_map"]["W_enc"]
+        (sharded / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        refused(sharded, "and the index do not agree about W_enc")
+
+
+class TestSymlinks:
+    """The Hub's cache is made of them, so they are followed, and lead to nothing but what is of the right form."""
+
+    @pytest.mark.parametrize("name", ["config.json", WEIGHTS, "extractor_config.json", "metrics.json"])
+    def test_nothing_of_another_file_is_shown(self, name: str, sae_folder: Path) -> None:
+        secret = sae_folder.parent / "secret"
+        secret.write_text(SECRET, encoding="utf-8")
+        (sae_folder / name).unlink(missing_ok=True)
+        (sae_folder / name).symlink_to(secret)
+        assert SECRET[:12] not in refused(sae_folder, "JSON|damaged|header of")
+
+    def test_saving_replaces_the_link_not_what_it_leads_to(self, sae_folder: Path) -> None:
+        sae = KSparseAutoencoder.from_pretrained(sae_folder)
+        for name in (WEIGHTS, "README.md", "config.json"):
+            secret = sae_folder.parent / f"secret of {name}"
+            secret.write_text(SECRET, encoding="utf-8")
+            (sae_folder / name).unlink()
+            (sae_folder / name).symlink_to(secret)
+        sae.save_pretrained(sae_folder)
+        for name in (WEIGHTS, "README.md", "config.json"):
+            assert not (sae_folder / name).is_symlink()
+            assert (sae_folder.parent / f"secret of {name}").read_text(encoding="utf-8") == SECRET
+        KSparseAutoencoder.from_pretrained(sae_folder)
+
+    def test_devices_are_no_files(self, sae_folder: Path) -> None:
+        (sae_folder / WEIGHTS).unlink()
+        (sae_folder / WEIGHTS).symlink_to("/dev/zero")
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            KSparseAutoencoder.from_pretrained(sae_folder)
