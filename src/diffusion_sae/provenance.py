@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from ._config import JsonConfig, check, check_choice, check_integer, check_number
 from ._files import fingerprint_of, read_json, write_json

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .._files import read_json, sha256_of
+from .index_file import read_index_file
 from .layout import (
     DATA,
     INDEX,
@@ -38,10 +39,10 @@ def finished_shards(folder: Path, manifest: Manifest) -> dict[int, ShardMark]:
     _refuse_foreign_files(folder, present, manifest)
     shapes: dict[str, Any] = {}
     found: dict[int, ShardMark] = {}
-    for number in range(manifest.num_shards):
+    # of the files that are there, as a manifest can announce any number
+    matches = (SHARD_FILE.fullmatch(name) for name in present if name.endswith(MARK))
+    for number in sorted(int(match[1]) for match in matches if match):
         name = shard_name(number)
-        if name + MARK not in present:
-            continue
         mark = ShardMark.from_dict(read_json(folder / (name + MARK)), str(folder / (name + MARK)))
         _check_files(folder, number, mark, manifest, shapes)
         found[number] = mark
@@ -50,7 +51,7 @@ def finished_shards(folder: Path, manifest: Manifest) -> dict[int, ShardMark]:
 
 def require_all(folder: Path, manifest: Manifest, found: dict[int, ShardMark]) -> None:
     """A complete store has the shards that its manifest lists, and those as they were when it was completed."""
-    for number in range(manifest.num_shards):
+    for number in range(len(manifest.shards)):
         name = shard_name(number)
         if number not in found:
             raise FileNotFoundError(f"{folder} lacks {name}{MARK}, which its manifest lists. {repair(name)}")
@@ -104,6 +105,8 @@ def _check_data(path: Path, expected: str, mark: ShardMark, manifest: Manifest, 
     for name, entry in header.items():
         dtype = str(TYPES.get(entry["dtype"], (None, entry["dtype"]))[1]).removeprefix("torch.")
         shape = shapes.setdefault(name, entry["shape"][1:])
+        if 0 in shape:
+            raise ValueError(f"{path} is damaged: {name} has the shape {entry['shape']}, rows without numbers.")
         if (dtype, entry["shape"]) != (manifest.dtype, [mark.rows, *shape]):
             raise ValueError(
                 f"{path} is from another store: {name} is {dtype} of shape {entry['shape']}, expected is "
@@ -116,7 +119,7 @@ def _check_index(path: Path, expected: str, mark: ShardMark) -> None:
         metadata = pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}).") from error
-    says = ((metadata.metadata or {}).get(b"shard") or b"?").decode()
+    says = ((metadata.metadata or {}).get(b"shard") or b"?").decode(errors="replace")
     if says != expected or metadata.num_rows != mark.rows:
         raise ValueError(
             f"{path} is from another store: {metadata.num_rows} rows of shard {says}, expected are {mark.rows} of "
@@ -128,15 +131,14 @@ def read_index(folder: Path, number: int) -> pa.Table:
     """image_id, source and label of the images of a shard."""
     path = folder / (shard_name(number) + INDEX)
     try:
-        # not read_table, which takes folders named a=b for columns
-        return pq.ParquetFile(path).read().replace_schema_metadata()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {repair(shard_name(number))}") from error
+        return read_index_file(path, str(path))
+    except ValueError as error:
+        raise ValueError(f"{error} {repair(shard_name(number))}") from error
 
 
 def damaged_files(folder: Path, marks: Iterable[ShardMark]) -> Iterator[tuple[str, str]]:
     """(shard, file) of each file whose content is not what was written, by its SHA-256."""
     for mark in marks:
-        for suffix, expected in mark.sha256.items():
-            if sha256_of(folder / (mark.name + suffix)) != expected:
+        for suffix in (DATA, INDEX):
+            if sha256_of(folder / (mark.name + suffix)) != mark.sha256[suffix]:
                 yield mark.name, mark.name + suffix

@@ -11,6 +11,7 @@ is written when the work begins and when it ends, and then holds all marks: a fi
 """
 
 import json
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,14 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._config import exact_keys
+from .._config import check, check_integer, exact_keys
 from .._files import parse_json
+from ..hub.safe_files import MAX_HEADER_BYTES
 from ..provenance import Provenance
 from .labels import LABEL, StoredLabels, label_column
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 DATA, INDEX, MARK = ".safetensors", ".parquet", ".json"
+MOST = 2**40  # images
 METADATA = "__metadata__"  # safetensors' name
 LATER = {"label_name": LABEL, "more_labels": {}}  # fields of the manifest that not every store has, and what it means
 # safetensors' names; bf16 has no numpy type and is mapped as int16
@@ -60,6 +63,16 @@ def repair(name: str) -> str:
     )
 
 
+def _are_records(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and all(isinstance(text, str) for text in entry.values()) for entry in value
+    )
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 @dataclass(frozen=True)
 class ShardMark:
     """What a finished shard has beside it."""
@@ -72,6 +85,18 @@ class ShardMark:
     sha256: dict[str, str]
     skipped: list[dict[str, str]]
     """Broken images that were left out: source and reason."""
+
+    def __post_init__(self) -> None:
+        check(isinstance(self.shard, str), f"shard must be a string, got {self.shard!r}.")
+        check_integer("rows", self.rows, 0)
+        for name, kind in (("bytes", int), ("sha256", str)):
+            sizes = getattr(self, name)
+            known = isinstance(sizes, dict) and set(sizes) == {DATA, INDEX}
+            check(
+                known and all(type(size) is kind for size in sizes.values()),
+                f"{name} must be of both files, got {sizes!r}.",
+            )
+        check(_are_records(self.skipped), f"skipped must be a list of sources and reasons, got {self.skipped!r}.")
 
     @property
     def name(self) -> str:
@@ -92,6 +117,14 @@ class Part:
     shard_size: int
     """Images a shard."""
     first_shard: int
+
+    def __post_init__(self) -> None:
+        check(
+            isinstance(self.data_fingerprint, str), f"data_fingerprint must be a string, got {self.data_fingerprint!r}."
+        )
+        check_integer("num_images", self.num_images, 0, MOST)
+        check_integer("shard_size", self.shard_size, 1, MOST)
+        check_integer("first_shard", self.first_shard, 0, MOST)
 
     @property
     def shards(self) -> range:
@@ -121,6 +154,31 @@ class Manifest:
     """What the data call the labels that `class_names` are of."""
     more_labels: dict[str, list[str]] = field(default_factory=dict)
     """Class names of the further labels, by name."""
+
+    def __post_init__(self) -> None:
+        check(isinstance(self.provenance, dict), f"provenance must be an object, got {self.provenance!r}.")
+        check(f"torch.{self.dtype}" in map(str, (kind for _, kind in TYPES.values())), f"unknown dtype {self.dtype!r}.")
+        check(
+            self.class_names is None or _are_names(self.class_names),
+            f"class_names must be names, got {self.class_names!r}.",
+        )
+        check(
+            isinstance(self.labelled, bool) and isinstance(self.complete, bool),
+            "labelled and complete must be booleans.",
+        )
+        check(isinstance(self.label_name, str), f"label_name must be a string, got {self.label_name!r}.")
+        names = self.more_labels.values() if isinstance(self.more_labels, dict) else [None]
+        check(all(map(_are_names, names)), f"more_labels must be lists of names, got {self.more_labels!r}.")
+        check(len(self.parts) > 0, "parts must hold at least one data set.")
+        begin = 0
+        for part in self.parts:
+            check(
+                part.first_shard == begin,
+                f"parts must follow one another: one begins at shard {part.first_shard}, not {begin}.",
+            )
+            begin = part.shards.stop
+        expected = begin if self.complete else 0
+        check(len(self.shards) == expected, f"shards must hold {expected} marks, got {len(self.shards)}.")
 
     @property
     def num_shards(self) -> int:
@@ -182,18 +240,25 @@ class Manifest:
                 "the library's version that wrote it."
             )
         content = exact_keys(cls, LATER | content, where)
-        parts = [Part(**exact_keys(Part, part, where)) for part in content["parts"]]
-        shards = [ShardMark.from_dict(mark, where) for mark in content["shards"]]
-        return cls(**content | {"parts": parts, "shards": shards})
+        for name in ("parts", "shards"):
+            check(isinstance(content[name], list), f"{where} is damaged: {name} must be a list.")
+        try:
+            parts = [Part(**exact_keys(Part, part, where)) for part in content["parts"]]
+            shards = [ShardMark.from_dict(mark, where) for mark in content["shards"]]
+            manifest = cls(**content | {"parts": parts, "shards": shards})
+            for number, mark in enumerate(shards):
+                check(mark.shard == manifest.mark_of(number), f"shard {number} is called {mark.shard!r}.")
+        except ValueError as error:
+            raise ValueError(str(error) if where in str(error) else f"{where} is damaged: {error}") from error
+        return manifest
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Header of a safetensors file and the offset of its data; raises if the file is not as long as the header says."""
     with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        length = header_length(file.read(8), str(path))
         size = path.stat().st_size
-        if not 0 < length <= size - 8:
+        if length > size - 8:
             raise ValueError(f"{path} is no complete safetensors file ({size} bytes).")
         header = parse_header(file.read(length), str(path))
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != METADATA), default=0)
@@ -202,11 +267,39 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
+def header_length(prefix: bytes, path: str) -> int:
+    """From the first 8 bytes of a safetensors file."""
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 0 < length <= MAX_HEADER_BYTES:
+        raise ValueError(
+            f"{path} is no complete safetensors file: its header has {length:,} bytes, of {MAX_HEADER_BYTES:,} at most."
+        )
+    return length
+
+
 def parse_header(content: bytes, path: str) -> dict[str, Any]:
+    """Names and entries; each says its type, its shape and where its bytes are, of which it has as many as it needs."""
     try:
-        return json.loads(content)
-    except ValueError as error:
+        header = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its header is not valid JSON ({error}).") from error
+    if not isinstance(header, dict) or not isinstance(header.get(METADATA, {}), dict):
+        raise ValueError(f"{path} is damaged: its header is no object of tensors.")  # noqa: TRY004
+    for name, entry in header.items():
+        if name != METADATA and not _is_entry(entry):
+            raise ValueError(f"{path} is damaged: its header says {str(entry)[:200]} of {name[:100]}.")
+    return header
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+            return False
+    size = np.dtype(TYPES[entry["dtype"]][0]).itemsize if entry["dtype"] in TYPES else None
+    return len(offsets) == 2 and (size is None or math.prod(shape) * size == offsets[1] - offsets[0])  # type: ignore[arg-type]
 
 
 def as_tensor(buffer: np.ndarray, entry: Mapping[str, Any]) -> Tensor:

@@ -1,19 +1,30 @@
 """Stores on the Hub: a dataset repository with the files of the store as they are on the disk."""
 
 import importlib.metadata
-import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..hub.dataset import RemoteDataset, dataset_card, push_dataset
 from .columns import StringColumn
 from .feature_set import FeatureSet
+from .index_file import read_index_file
 from .labels import StoredLabels
-from .layout import DATA, INDEX, MANIFEST, MARK, METADATA, Manifest, ShardMark, as_tensor, parse_header, tensor_name
+from .layout import (
+    DATA,
+    INDEX,
+    MANIFEST,
+    MARK,
+    METADATA,
+    Manifest,
+    ShardMark,
+    as_tensor,
+    header_length,
+    parse_header,
+    tensor_name,
+)
 
 if TYPE_CHECKING:
     from .store import FeatureStore
@@ -83,14 +94,17 @@ def _read_shard(
     chosen: StoredLabels,
 ) -> FeatureSet:
     name, where = mark.name + DATA, f"{mark.name}{DATA} of {remote.repo_id}"
-    length = struct.unpack("<Q", remote.read(name, 0, 8))[0]
+    length = header_length(bytes(remote.read(name, 0, 8)), where)
     header = parse_header(bytes(remote.read(name, 8, 8 + length)), where)
     if header.get(METADATA, {}).get("shard") != manifest.mark_of(number):
         raise ValueError(f"{where} is from another store than its {MANIFEST}. Push the store again.")
-    entry = header[tensor_name(*key)]
+    entry = header.get(tensor_name(*key))
+    if entry is None or entry["shape"][:1] != [mark.rows] or 0 in entry["shape"]:
+        raise ValueError(f"{where} does not hold {tensor_name(*key)} of {mark.rows} images. Push the store again.")
     begin, end = (8 + length + offset for offset in entry["data_offsets"])
     features = as_tensor(np.frombuffer(remote.read(name, begin, end), np.uint8), entry)
-    index = pq.read_table(pa.BufferReader(bytes(remote.read(mark.name + INDEX))))
+    content = pa.BufferReader(bytes(remote.read(mark.name + INDEX)))
+    index = read_index_file(content, f"{mark.name}{INDEX} of {remote.repo_id}", mark.rows)
     tokens = manifest.record.pooling == "tokens"
     return FeatureSet(
         [features.flatten(0, 1) if tokens else features],  # (n, T, C) -> (n·T, C)
