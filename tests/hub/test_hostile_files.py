@@ -4,17 +4,21 @@ import json
 import struct
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusion_sae import DiffusionProbe, KSparseAutoencoder, KSparseAutoencoderConfig
+from diffusion_sae import DiffusionProbe, FeatureStore, KSparseAutoencoder, KSparseAutoencoderConfig
+from diffusion_sae.features import StoreWriter
 from diffusion_sae.hub.safe_files import MAX_HEADER_BYTES, MAX_JSON_BYTES, refuse_not_finite, tensor_table
 from diffusion_sae.provenance import Provenance
+from hub_server import HubServer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SECRET = "root:x:0:0:the content of another file"
@@ -270,3 +274,138 @@ class TestSymlinks:
         (sae_folder / WEIGHTS).symlink_to("/dev/zero")
         with pytest.raises(OSError, match=r"no file named model\.safetensors"):
             KSparseAutoencoder.from_pretrained(sae_folder)
+
+
+def write_store(folder: Path, images: int = 4) -> Path:
+    record = Provenance(model="m", layers=("up_ft1",), timesteps=(25,), image_size=64, weights="0" * 16)
+    names = [f"image {i}" for i in range(images)]
+    writer = StoreWriter(folder, record, source_names=names, labels=[0] * images, class_names=["a"], shard_size=2)
+    for number in writer.missing:
+        shard, rows = writer.new_shard(), writer.part.rows(number)
+        values = torch.arange(len(rows) * 3).reshape(-1, 3).float()
+        shard.add({("up_ft1", 25): values}, *([given[i] for i in rows] for given in (names, names, [0] * images)))
+        writer.write(number, shard)
+    writer.finish()
+    return folder
+
+
+def replace_index(folder: Path, table: pa.Table, **settings: Any) -> None:
+    """With a mark that fits, as its author would write it."""
+    path, mark, manifest = folder / "shard-00000.parquet", folder / "shard-00000.json", folder / "manifest.json"
+    says = pq.read_schema(path).metadata
+    pq.write_table(table.replace_schema_metadata(says), path, **settings)
+    content = json.loads(mark.read_text(encoding="utf-8"))
+    content["bytes"][".parquet"] = path.stat().st_size
+    mark.write_text(json.dumps(content), encoding="utf-8")
+    listed = json.loads(manifest.read_text(encoding="utf-8"))
+    listed["shards"][0] = content
+    manifest.write_text(json.dumps(listed), encoding="utf-8")
+
+
+class TestStores:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        folder = write_store(tmp_path / "store")
+        assert len(FeatureStore(folder).image_ids) == 4
+        return folder
+
+    @pytest.mark.parametrize(
+        ("table", "settings", "message"),
+        [
+            (  # 10 MB in less than a kilobyte
+                {"image_id": ["a", "b" * 10**7], "source": ["c", "d"], "label": [0, 0]},
+                *({"compression": "zstd", "use_dictionary": False}, r"at most 1,056,768 bytes"),
+            ),
+            (  # a string that a dictionary holds once
+                {"image_id": ["a" * 900_000] * 2, "source": ["c", "d"], "label": [0, 0]},
+                *({"compression": "zstd"}, r"unpacks to 1,800,000 bytes; an index of 2 images has 1,056,768 at most"),
+            ),
+            (
+                {"image_id": ["a", "b"], "source": ["c", "d"], "label": [[0] * 10**6, []]},
+                *({}, "holds one value an image and column"),
+            ),
+            ({"image_id": ["a", "b"], "source": ["c", "d"], "label": ["x", "y"]}, {}, "is damaged"),
+        ],
+    )
+    def test_parquet_that_unpacks_to_more(self, table: Any, settings: Any, message: str, folder: Path) -> None:
+        replace_index(folder, pa.table(table), **settings)
+        assert (folder / "shard-00000.parquet").stat().st_size < 2**20
+        store = FeatureStore(folder)
+        with pytest.raises(ValueError, match=rf"shard-00000\.parquet .*{message}"):
+            _ = store.image_ids
+
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        [
+            (lambda m: m["parts"][0].update(num_images=10**30), "num_images must be an integer in 0…"),
+            (
+                lambda m: m["parts"][0].update(num_images=10**12, shard_size=1),
+                "shards must hold 1000000000000 marks, got 2",
+            ),
+            (lambda m: m.update(complete=False), "shards must hold 0 marks, got 2"),
+            (lambda m: m["parts"][0].update(first_shard=7), "parts must follow one another: one begins at shard 7"),
+            (lambda m: m.update(parts=[]), "parts must hold at least one data set"),
+            (lambda m: m.update(parts={}), "parts must be a list"),
+            (lambda m: m["parts"][0].update(data_fingerprint=1), "data_fingerprint must be a string, got 1"),
+            (lambda m: m.update(provenance=[]), r"provenance must be an object, got \[\]"),
+            (lambda m: m.update(dtype="object"), "unknown dtype 'object'"),
+            (lambda m: m.update(class_names=[1]), r"class_names must be names, got \[1\]"),
+            (lambda m: m.update(labelled="yes"), "labelled and complete must be booleans"),
+            (lambda m: m.update(label_name=3), "label_name must be a string, got 3"),
+            (lambda m: m.update(more_labels=[3]), r"more_labels must be lists of names, got \[3\]"),
+            (lambda m: m["shards"][0].update(shard="../../secret of x"), r"shard 0 is called '\.\./\.\./secret of x'"),
+            (lambda m: m["shards"][0].update(shard=3), "shard must be a string, got 3"),
+            (lambda m: m["shards"][0].update(sha256={"/../secret": "0"}), "sha256 must be of both files"),
+            (lambda m: m["shards"][0].update(skipped=[1]), "skipped must be a list of sources and reasons"),
+        ],
+    )
+    def test_manifests(self, edit: Callable[[Any], Any], message: str, folder: Path) -> None:
+        content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        edit(content)
+        (folder / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            FeatureStore(folder)
+
+    def test_an_unfinished_store_that_announces_any_number_of_shards(self, folder: Path) -> None:
+        content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        content["parts"][0] |= {"num_images": 2**40, "shard_size": 1}
+        (folder / "manifest.json").write_text(json.dumps(content | {"complete": False, "shards": []}), encoding="utf-8")
+        assert len(FeatureStore(folder)) == 4
+
+    @pytest.mark.parametrize(
+        ("header", "message"),
+        [
+            (b"[1]", "is no object of tensors"),
+            (b"[" * 10**5, "is not valid JSON"),
+            ({"up_ft1@25": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 24]}}, "its header says"),
+            ({"up_ft1@25": {"dtype": "F32", "shape": [2, -3], "data_offsets": [0, 24]}}, "its header says"),
+            ({"up_ft1@25": {"dtype": "F32", "shape": [2, 0], "data_offsets": [0, 0]}}, "rows without numbers|damaged"),
+        ],
+    )
+    def test_headers(self, header: Any, message: str, folder: Path) -> None:
+        path, mark = folder / "shard-00000.safetensors", folder / "shard-00000.json"
+        if isinstance(header, dict):
+            says = json.loads(mark.read_text(encoding="utf-8"))["shard"]
+            header = {"__metadata__": {"shard": says}} | header
+        end = (
+            max((e["data_offsets"][1] for n, e in header.items() if n[0] != "_"), default=0)
+            if isinstance(header, dict)
+            else 0
+        )
+        write_header(path, header, b"\0" * end)
+        for file in (mark, folder / "manifest.json"):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            (content["shards"][0] if "shards" in content else content)["bytes"][".safetensors"] = path.stat().st_size
+            file.write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            FeatureStore(folder)
+
+    def test_a_link_to_a_secret_is_not_pushed(self, folder: Path, hub: HubServer) -> None:
+        """What is uploaded must have the SHA-256 that the store's mark says."""
+        secret = folder.parent / "secret"
+        secret.write_bytes(SECRET.encode().ljust((folder / "shard-00001.safetensors").stat().st_size))
+        (folder / "shard-00001.safetensors").unlink()
+        (folder / "shard-00001.safetensors").symlink_to(secret)
+        with pytest.raises(ValueError, match="shard-00001"):
+            FeatureStore(folder).push_to_hub("revelio/store")
+        assert ("dataset", "revelio/store") not in hub.repos
