@@ -75,8 +75,9 @@ class ExtractorConfig(JsonConfig):
     """Whether half of the views are mirrored; not for images whose left and right mean something, such as text."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "timesteps"):
+        for name in ("layers", "timesteps", "prompt_choices"):
             value = getattr(self, name)
+            check(isinstance(value, str | int | Sequence), f"{name} must be a list, got {value!r}.")
             object.__setattr__(self, name, (value,) if isinstance(value, str | int) else tuple(value))
         check(bool(self.model) and isinstance(self.model, str), f"model must name a pipeline, got {self.model!r}.")
         check(len(self.layers) > 0, "layers must name at least one layer, got none.")
@@ -99,14 +100,14 @@ class ExtractorConfig(JsonConfig):
             f"ensemble={self.ensemble} averages over draws of the noise: it needs noise='seeded', got {self.noise!r}.",
         )
         check_choice("classifier_free_pair", self.classifier_free_pair, (True, False))
-        self._check_prompts()
         check(isinstance(self.prompt, str), f"prompt must be a string, got {self.prompt!r}.")
+        self._check_prompts()
         check_integer("seed", self.seed, 0)
         check_choice("random_weights", self.random_weights, (True, False))
         if self.image_size is not None:
-            check_integer("image_size", self.image_size, 1)
+            check_integer("image_size", self.image_size, 1, 1_000_000)
         if self.guidance is not None:
-            check_number("guidance", self.guidance, 0)
+            check_number("guidance", self.guidance, 0, 1_000_000)
             object.__setattr__(self, "guidance", float(self.guidance))  # 1 and 1.0 have one fingerprint
         self._check_views()
 
@@ -120,7 +121,6 @@ class ExtractorConfig(JsonConfig):
 
     def _check_prompts(self) -> None:
         check_choice("prompt_from", self.prompt_from, PROMPT_SOURCES)
-        object.__setattr__(self, "prompt_choices", tuple(self.prompt_choices))
         if self.prompt_from == "clip":
             check(len(self.prompt_choices) > 1, "prompt_from='clip' needs at least two prompt_choices.")
             check(bool(self.clip_model), "prompt_from='clip' needs clip_model, such as openai/clip-vit-base-patch32.")

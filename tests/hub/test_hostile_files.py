@@ -92,6 +92,11 @@ class TestConfigs:
         (sae_folder / "config.json").write_text(content, encoding="latin-1")
         refused(sae_folder, message)
 
+    @pytest.mark.parametrize("change", [{"dtype": "no such type"}, {"id2label": [1]}])
+    def test_values_that_transformers_cannot_take(self, change: dict[str, Any], sae_folder: Path) -> None:
+        edit(sae_folder / "config.json", **change)
+        refused(sae_folder, "The config holds a value that transformers cannot take")
+
     def test_no_code_comes_with_a_config(self, sae_folder: Path) -> None:
         """`auto_map` names a Python file of the artifact; nothing imports it."""
         marker = sae_folder / "ran"

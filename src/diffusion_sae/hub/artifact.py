@@ -77,7 +77,13 @@ class ArtifactConfig(PreTrainedConfig):
         if missing:
             raise ValueError(f"{cls.__name__} needs {', '.join(missing)}, which the given config lacks.")
         # auto_map is of one saved with its code, which the package does not need; a second save would name no file
-        return super().from_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+        try:
+            return super().from_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+        except (AttributeError, TypeError, KeyError, IndexError) as error:
+            raise ValueError(
+                f"The config holds a value that transformers cannot take ({type(error).__name__}: {error}). Save the "
+                "artifact again."
+            ) from error
 
 
 class ArtifactModel(PreTrainedModel):

@@ -157,7 +157,7 @@ def gated(
 
 def _scale(checkpoint: Checkpoint, config: Mapping[str, Any], options: ForeignOptions) -> float | None:
     """What the activations were multiplied by before the SAE saw them; None: nothing."""
-    norm = config.get("normalize_activations") or "none"
+    norm = str(config.get("normalize_activations") or "none")
     if norm in NORMS:
         return None
     if norm != "expected_average_only_in":
