@@ -1,6 +1,7 @@
 """A small Hugging Face Hub on 127.0.0.1, complete enough for the real `huggingface_hub` client (2.4).
 
 `with HubServer(folder) as hub:`, in a new process HF_ENDPOINT=hub.endpoint, HF_TOKEN=hub.token, HF_HUB_DISABLE_XET=1.
+`hub.faults` are what goes wrong, and POST /faults sets them from another process.
 Served: ROUTES, for models and datasets. Not served: spaces, discussions, Xet, multipart uploads, pages, `expand`.
 """
 
@@ -8,7 +9,10 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +34,7 @@ CHOICES = {
 }
 REPO = "/api/(models|datasets)/([^/]+(?:/[^/]+)??)"
 ROUTES = [  # methods, path, the right that the caller needs to the repository, method of Handler
+    ("POST", "/faults", "", "set_faults"),
     ("GET", "/api/whoami-v2", "", "whoami"),
     ("POST", "/api/validate-yaml", "", "validate_yaml"),
     ("POST", "/api/repos/create", "", "create_repo"),
@@ -71,6 +76,17 @@ class HubError(Exception): ...  # status and headers of an answer; the client ch
 def require(condition: object, status: int, message: str, code: str = "", **headers: str) -> None:
     if not condition:
         raise HubError(status, {"X-Error-Message": message, "X-Error-Code": code, **headers})
+
+
+@dataclass
+class Fault:
+    """Goes wrong `times` times, where method and path fit: 500; reset (the connection, at once); cut (after half of the
+    content); drip (a few bytes at a time); hang (nothing is answered until the server ends)."""
+
+    how: str
+    path: str
+    method: str = "GET"
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,12 +133,15 @@ class HubServer(ThreadingHTTPServer):
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.requests: list[tuple[str, str]] = []  # (method, path without query), in order of arrival
         self.repos: dict[tuple[str, str], Repo] = {}  # (model | dataset, id) → repository
+        self.faults: list[Fault] = []
+        self.ended = threading.Event()
         self.lock = threading.Lock()  # held during a commit
         self.token = "hf_token_of_tester"
         self.users: dict[str, tuple[str, ...]] = {self.token: ("tester", *orgs)}  # token → user, organisations
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def __exit__(self, *error: object) -> None:
+        self.ended.set()
         self.shutdown()
         self.server_close()
 
@@ -167,13 +186,24 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
-    def dispatch(self) -> None:
+    def dispatch(self) -> Any:
         url, method = urlsplit(self.path), self.command.replace("HEAD", "GET")
         self.server.requests.append((self.command, url.path))
+        fits = (
+            f for f in self.server.faults if f.times > 0 and f.method == self.command and re.search(f.path, url.path)
+        )
+        self.fault = next(fits, None)
+        if self.fault is not None:
+            self.fault.times -= 1
+            if self.fault.how == "hang":
+                self.server.ended.wait()
+            if self.fault.how in ("hang", "reset"):
+                return self.reset()
         size, step = int(self.headers.get("Content-Length") or 0), 1 << 20
         self.blocks = (self.rfile.read(min(step, size - start)) for start in range(0, size, step))
         self.query, self.body = parse_qs(url.query), b"" if url.path.startswith("/lfs/") else b"".join(self.blocks)
         try:
+            require(self.fault is None or self.fault.how != "500", 500, "Internal Server Error")
             for methods, pattern, right, name in ROUTES:
                 if method in methods and (match := re.fullmatch(pattern, url.path)):
                     groups = [unquote(group or "") for group in match.groups()]
@@ -183,6 +213,17 @@ class Handler(BaseHTTPRequestHandler):
             self.reply({"error": error.args[1]["X-Error-Message"]}, *error.args)
 
     do_HEAD = do_GET = do_POST = do_PUT = dispatch  # noqa: N815
+
+    def reset(self) -> None:
+        """As of a server that was killed: the client gets no end of the answer, but an error of the connection."""
+        self.wfile.flush()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()
+
+    def set_faults(self) -> None:
+        self.server.faults = [Fault(**fault) for fault in json.loads(self.body)]
+        self.reply({})
 
     def log_message(self, format: str, *args: object) -> None: ...
 
@@ -324,7 +365,7 @@ class Handler(BaseHTTPRequestHandler):
             answer["pullRequestUrl"] = f"{self.server.endpoint}/{repo.id}/discussions/{branch.rsplit('/', 1)[-1]}"
         self.reply(answer)
 
-    def resolve(self, repo: Repo, revision: str, path: str) -> None:
+    def resolve(self, repo: Repo, revision: str, path: str) -> Any:
         commit, asked = repo.at(revision), re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         require(path in commit.files, 404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
         entry, size = commit.files[path], commit.files[path]["size"]
@@ -335,4 +376,13 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(b"", 206 if asked else 200, headers)
         if self.command == "GET" and size:
             with (self.server.folder / entry["sha256"]).open("rb") as file:
+                if self.fault is not None and self.fault.how == "cut":
+                    self.connection.sendfile(file, first, (end - first) // 2)
+                    return self.reset()
+                if self.fault is not None and self.fault.how == "drip":
+                    for start in range(first, end, max(1, (end - first) // 20)):
+                        self.connection.sendfile(file, start, min(max(1, (end - first) // 20), end - start))
+                        time.sleep(0.05)
+                    return None
                 self.connection.sendfile(file, first, end - first)
+        return None

@@ -18,6 +18,7 @@ from ..provenance import EXTRACTOR_CONFIG_NAME, Provenance
 from ..zoo import resolve_source
 from .artifact_weights import Find, refuse_differences, require_described_weights
 from .card import write_artifact_card
+from .connection import clear_connection_errors
 from .push import push_folder
 from .safe_files import MAX_JSON_BYTES, DamagedFileError, refuse_not_finite
 
@@ -116,7 +117,8 @@ class ArtifactModel(PreTrainedModel):
         _refuse_hostile_config(find)
         try:
             require_described_weights(cls, name, find, source=source, **kwargs)
-            loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+            with clear_connection_errors(f"loading {name!r}"):
+                loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         except (SafetensorError, DamagedFileError) as error:
             raise ValueError(f"The weights of {name!r} are damaged ({error}). Download or save them again.") from error
         except OSError as error:
@@ -249,7 +251,8 @@ def _find_file(source: str, name: str, *, kwargs: dict[str, Any]) -> str | None:
         return str(path) if path.is_file() else None
     hub = ("cache_dir", "force_download", "token", "revision", "local_files_only", "subfolder")
     try:
-        return hf_hub_download(source, name, **{key: kwargs[key] for key in hub if kwargs.get(key) is not None})
+        with clear_connection_errors(f"downloading {name} of {source!r}"):
+            return hf_hub_download(source, name, **{key: kwargs[key] for key in hub if kwargs.get(key) is not None})
     except LocalEntryNotFoundError as error:
         if is_offline_mode() or kwargs.get("local_files_only"):
             return None  # all of an artifact is cached together

@@ -24,6 +24,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .connection import clear_connection_errors
+
 TEMPLATE = Path(__file__).parent / "dataset_card.md"
 README = "README.md"
 
@@ -32,7 +34,8 @@ README = "README.md"
 def _clear_errors(repo_id: str, token: str | bool | None, revision: str | None) -> Iterator[None]:
     """A data set that does not exist is a FileNotFoundError which says what there is instead."""
     try:
-        yield
+        with clear_connection_errors(f"reading {repo_id!r}"):
+            yield
     except GatedRepoError:
         raise
     except RepositoryNotFoundError as error:
@@ -78,20 +81,21 @@ def push_dataset(
         URL of the commit.
     """
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="dataset").repo_id
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type="dataset")
-    present = api.list_repo_files(repo_id, revision=revision, repo_type="dataset")
-    if README in present:
-        there = hf_hub_download(repo_id, README, revision=revision, repo_type="dataset", token=token)
-        known = DatasetCard.load(there, ignore_metadata_errors=True).data.to_dict()
-        card.data.__dict__.update({key: value for key, value in known.items() if card.data.get(key) is None})
-    operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-    operations.append(CommitOperationAdd(README, str(card).encode()))
-    operations += [CommitOperationDelete(name) for name in present if fnmatch(name, stale) and name not in files]
-    commit = api.create_commit(
-        repo_id, operations, commit_message=commit_message, revision=revision, repo_type="dataset"
-    )
+    with clear_connection_errors(f"pushing {repo_id!r}"):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="dataset").repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type="dataset")
+        present = api.list_repo_files(repo_id, revision=revision, repo_type="dataset")
+        if README in present:
+            there = hf_hub_download(repo_id, README, revision=revision, repo_type="dataset", token=token)
+            known = DatasetCard.load(there, ignore_metadata_errors=True).data.to_dict()
+            card.data.__dict__.update({key: value for key, value in known.items() if card.data.get(key) is None})
+        operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        operations.append(CommitOperationAdd(README, str(card).encode()))
+        operations += [CommitOperationDelete(name) for name in present if fnmatch(name, stale) and name not in files]
+        commit = api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision, repo_type="dataset"
+        )
     return str(commit.commit_url)
 
 
@@ -137,7 +141,10 @@ class RemoteDataset:
         """Bytes start … end of a file, and no others."""
         path = f"datasets/{self.repo_id}@{self._commit}/{name}"
         try:
-            with self._files.open(path, "rb", cache_type="none") as file:
+            with (
+                clear_connection_errors(f"reading {name} of {self.repo_id!r}"),
+                self._files.open(path, "rb", cache_type="none") as file,
+            ):
                 file.seek(start)
                 content: Any = file.read() if end is None else file.read(end - start)
                 return bytearray(content)  # torch wants writable memory

@@ -6,6 +6,8 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from .connection import clear_connection_errors
+
 
 def find_file(source: str, name: str, *, subfolder: str = "", **hub: Any) -> Path | None:
     """Path of a file in a folder or, downloaded, of a repository; None if there is no such file.
@@ -22,6 +24,7 @@ def find_file(source: str, name: str, *, subfolder: str = "", **hub: Any) -> Pat
         path = Path(source, subfolder, name)
         return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(source, name, subfolder=subfolder or None, **hub))
+        with clear_connection_errors(f"downloading {name} of {source!r}"):
+            return Path(hf_hub_download(source, name, subfolder=subfolder or None, **hub))
     except EntryNotFoundError:  # LocalEntryNotFoundError, of the offline case, is one
         return None

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 
 from .._files import write_atomically
+from .connection import clear_connection_errors
 
 README, CONFIG = "README.md", "config.json"
 INDEX_TEMPLATE = Path(__file__).parent / "index_card.md"
@@ -52,7 +53,7 @@ def push_folder(
         )
     subfolder = subfolder.strip("/")
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, clear_connection_errors(f"pushing {repo_id!r}"):
         root = Path(name)
         folder = root / subfolder
         folder.mkdir(parents=True, exist_ok=True)

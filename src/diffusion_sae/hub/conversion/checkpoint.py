@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..._files import sha256_of
 from ...zoo import embedded_path
+from ..connection import clear_connection_errors
 from ..safe_files import MAX_JSON_BYTES, read_safetensors, refuse_not_finite
 from .options import ForeignOptions
 from .pickles import read_pickle, tensors_of
@@ -55,9 +56,10 @@ class Checkpoint:
         names = [*KNOWN_FILES, *([options.filename] if options.filename else [])]
         prefix = f"{options.subfolder.strip('/')}/" if options.subfolder else ""
         try:
-            folder = snapshot_download(
-                str(source), allow_patterns=[prefix + name for name in names], revision=options.revision, **hub
-            )
+            with clear_connection_errors(f"downloading {str(source)!r}"):
+                folder = snapshot_download(
+                    str(source), allow_patterns=[prefix + name for name in names], revision=options.revision, **hub
+                )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             reason = str(error).strip().splitlines()[0]
             raise FileNotFoundError(
