@@ -383,6 +383,10 @@ REFUSED: list[tuple[Make, dict[str, Any], str]] = [
         lambda w: {"config": {"trainer": 3}, "tensors": linear(w), "names": LEARNING},
         *({}, "must hold its trainer's settings, got 3"),
     ),
+    (
+        lambda w: learning(direct(w) | {"threshold": w["b_enc"].to(torch.complex64)}, dict_class="JumpReluAutoEncoder"),
+        *({}, r"threshold holds complex numbers \(torch.complex64\)"),
+    ),
     # overcomplete
     (lambda w: state(OVERCOMPLETE), {}, "does not say which SAE it is of: give activation"),
     (lambda w: state(OVERCOMPLETE), {"activation": "topk"}, "does not hold top_k: give k"),

@@ -282,6 +282,16 @@ OF_TENSORS: tuple[Callable[[Tensor], Any], ...] = (
 )
 
 
+def _is_plain(value: Any) -> bool:
+    """What each of OF_TENSORS can be applied to."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not value.is_complex()
+        and value.numel() > 0 < value.ndim
+    )
+
+
 class InMemory(Checkpoint):
     """As a folder with these files; what reading the files themselves can meet is fuzzed by the other targets."""
 
@@ -314,7 +324,7 @@ def fuzz_foreign(draw: random.Random, folder: Path) -> None:
     for _ in range(draw.choice((0, 0, 1, 1, 2))):
         name = draw.choice(sorted(tensors))
         action = draw.random()
-        if action < 0.75 and isinstance(tensors[name], Tensor) and tensors[name].ndim and tensors[name].numel():
+        if action < 0.75 and _is_plain(tensors[name]):
             tensors[name] = draw.choice(OF_TENSORS)(tensors[name])
         elif action < 0.9:
             tensors[draw.choice(("W_skip", "b_dec", "dictionary.C", "scaling_factor"))] = tensors.pop(name)
@@ -409,7 +419,8 @@ def test_some_cases(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_hundred_thousand_cases(name: str, tmp_path: Path) -> None:
-    run(lambda draw: TARGETS[name](draw, tmp_path), MANY)
+    # whole folders are slow to write, and "foreign" has the same formats
+    run(lambda draw: TARGETS[name](draw, tmp_path), MANY // 10 if name == "foreign-files" else MANY)
 
 
 @pytest.mark.parametrize("seeds", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from diffusion_sae import DiffusionProbe, FeatureStore, KSparseAutoencoder, KSparseAutoencoderConfig
@@ -248,6 +249,26 @@ class TestShards:
         del index["weight_map"]["W_enc"]
         (sharded / INDEX).write_text(json.dumps(index), encoding="utf-8")
         refused(sharded, "and the index do not agree about W_enc")
+
+
+class TestCards:
+    def test_what_comes_from_a_file_is_text(self, sae_folder: Path) -> None:
+        """Names of models, prompts and metrics are anyone's; the README.md of an artifact is never read."""
+        script = "<script>alert(1)</script>"
+        sae = KSparseAutoencoder.from_pretrained(sae_folder)
+        sae.metrics = {script: 1.5, "fvu": script, "note": script, "data": {script: script}, "training": {script: 1}}
+        sae.provenance = Provenance(
+            model=f"`{script}", prompt=f"`|\n{script}", layers=(f"x`{script}",), timesteps=(25,), weights=script
+        )
+        sae.config.converted_from = script
+        (sae_folder / "README.md").write_text(script, encoding="utf-8")
+        sae.save_pretrained(sae_folder)
+        front, body = (sae_folder / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)
+        assert "&lt;script&gt;" in body
+        assert "<script" not in body.lower()
+        assert all(line.count("|") == 3 for line in body.splitlines() if line.startswith("| "))
+        assert yaml.safe_load(front.strip("-"))["library_name"] == "diffusion_sae"
+        KSparseAutoencoder.from_pretrained(sae_folder)
 
 
 class TestSymlinks:

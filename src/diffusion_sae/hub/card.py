@@ -42,9 +42,9 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
         if isinstance(value, Mapping):
             rows += _flat(value, f"{prefix}{name}.")
         elif isinstance(value, float):
-            rows.append((prefix + name, f"{value:.4g}"))
+            rows.append((cell(prefix + name), f"{value:.4g}"))
         elif isinstance(value, int | str):
-            rows.append((prefix + name, cell(value)))
+            rows.append((cell(prefix + name), cell(value)))
     return rows
 
 
@@ -76,12 +76,12 @@ def render_card(
         data,
         template_path=str(TEMPLATE),
         title=title,
-        summary=summary,
+        summary=html.escape(summary, quote=False),
         usage=usage,
         provenance=_settings(provenance),
         configuration=[(name, cell(value)) for name, value in configuration],
         measured=_flat(measured),
-        measured_note=metrics.get(_NOTE, "As in `metrics.json`."),
+        measured_note=cell(metrics.get(_NOTE, "As in `metrics.json`.")),
         training=_flat(metrics.get(_TRAINING, {})),
         dataset=_flat(metrics.get(_DATA, {})),
         trained=trained,

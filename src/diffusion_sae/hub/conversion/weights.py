@@ -122,6 +122,9 @@ def _placed(tensors: Mapping[str, Tensor], path: str, where: str) -> Tensor:
 
 
 def require_shape(value: Tensor, shape: tuple[int, ...], what: str) -> None:
+    """Raise ValueError for a tensor of another shape, or of complex numbers."""
+    if value.is_complex():
+        raise ValueError(f"{what} holds complex numbers ({value.dtype}).")
     if tuple(value.shape) != shape:
         raise ValueError(f"{what} must have the shape {shape}, got {tuple(value.shape)}.")
 
