@@ -303,7 +303,7 @@ class TestStrictLoading:
 
     def test_a_config_that_is_no_json(self, sae_folder: Path) -> None:
         (sae_folder / "config.json").write_text("{")
-        with pytest.raises(OSError, match=r"config\.json' is not a valid JSON file"):
+        with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
             KSparseAutoencoder.from_pretrained(sae_folder)
 
     def test_an_artifact_of_another_kind(self, sae_folder: Path, tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ class TestCard:
             "| held_out.fvu | 0.1235 |",
             "| held_out.rows | 1234 |",
             "| num_latents | 40 |",
-            "| layers | `['up_ft1']` |",
+            "| layers | `up_ft1` |",
             f"| fingerprint | `{PROVENANCE.fingerprint}` |",
         ):
             assert row in text

@@ -24,7 +24,8 @@ _NOT_OF_THE_CONFIG = ("state_dict", "use_safetensors", "ignore_mismatched_sizes"
 
 
 def require_described_weights(model_class: "type[ArtifactModel]", name: str, find: Find, **kwargs: Any) -> None:
-    """Raise ValueError if the weights files are not exactly what the config describes.
+    """Raise ValueError if the weights files are not exactly what the config describes, FileNotFoundError if one is
+    missing that the index names.
 
     Args:
         model_class: what is to be loaded.
@@ -92,8 +93,9 @@ def _weights_table(find: Find, variant: str | None) -> dict[str, TensorInfo] | N
     table: dict[str, TensorInfo] = {}
     for shard in shards:
         path = find(shard)
-        check(path is not None, f"The index names {shard}, which the artifact lacks. Download it again.")
-        found = tensor_table(str(path))
+        if path is None:
+            raise FileNotFoundError(f"The index names {shard}, which the artifact lacks. Download it again.")
+        found = tensor_table(path)
         announced = {name for name, place in places.items() if place == shard}
         wrong = sorted(set(found) ^ announced)
         check(not wrong, f"{shard} and the index do not agree about {', '.join(wrong[:SHOWN])}. Download it again.")
