@@ -128,7 +128,9 @@ class TestDiffC:
 
     def test_layers(self, head: DiffCHead) -> None:
         block = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Dropout2d]
-        assert [type(layer) for layer in head.features] == [nn.BatchNorm2d, *block * 4]
+        expected = [nn.BatchNorm2d, *block * 4]
+        assert len(head.features) == len(expected)
+        assert all(isinstance(layer, kind) for layer, kind in zip(head.features, expected, strict=True))
         assert (head.features[0].num_features, head.features[0].affine) == (1280, False)
         convolutions = [layer for layer in head.features if isinstance(layer, nn.Conv2d)]
         assert [(c.in_channels, c.out_channels) for c in convolutions] == [(1280, 1024)] + 3 * [(1024, 1024)]
@@ -137,7 +139,8 @@ class TestDiffC:
         norms = [layer for layer in head.features if isinstance(layer, nn.BatchNorm2d)][1:]
         assert [(norm.num_features, norm.affine) for norm in norms] == 4 * [(1024, True)]
         assert all(layer.p == 0.3 for layer in head.features if isinstance(layer, nn.Dropout2d))
-        assert (type(head.dropout), head.dropout.p) == (nn.Dropout, 0.3)
+        assert isinstance(head.dropout, nn.Dropout)
+        assert head.dropout.p == 0.3
         assert (head.classifier.in_features, head.classifier.out_features) == (1024, 37)
 
     def test_number_of_parameters(self, head: DiffCHead) -> None:

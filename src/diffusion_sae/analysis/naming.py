@@ -188,11 +188,12 @@ def read_vocabulary(source: str | Path | Sequence[str] | None = None) -> list[st
         content = json.loads(text) if Path(source).suffix == ".json" else [x.split("#")[0] for x in text.splitlines()]
     else:
         content = list(source)
+    what = str(source) if isinstance(source, str | Path) else f"{source!s:.60}"
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"A vocabulary is a list of texts; {source!s:.60} holds a {type(content).__name__} of others.")
+        raise ValueError(f"A vocabulary is a list of texts; {what} holds a {type(content).__name__} of others.")
     names = list(dict.fromkeys(stripped for name in content if (stripped := name.strip())))
     if not names:
-        raise ValueError(f"The vocabulary {source!s:.60} has no names. Write one a line.")
+        raise ValueError(f"The vocabulary {what} has no names. Write one a line.")
     return names
 
 
