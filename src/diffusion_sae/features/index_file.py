@@ -58,9 +58,13 @@ def _most(rows: int) -> int:
 def _unpacked(column: pa.ChunkedArray, rows: int, where: str) -> pa.ChunkedArray:
     if not pa.types.is_dictionary(column.type):
         return column
-    size = sum(
-        pc.sum(pc.take(pc.binary_length(chunk.dictionary), chunk.indices)).as_py() or 0 for chunk in column.iterchunks()
-    )
+    size = sum(_unpacked_bytes(chunk) for chunk in column.iterchunks())
     if size > _most(rows):
         raise ValueError(f"{where} unpacks to {size:,} bytes; an index of {rows:,} images has {_most(rows):,} at most.")
     return column.cast(pa.string())
+
+
+def _unpacked_bytes(chunk: Any) -> int:
+    """Bytes of a dictionary-encoded chunk's texts, each as often as it occurs."""
+    lengths = pc.call_function("binary_length", [chunk.dictionary])
+    return pc.call_function("sum", [pc.take(lengths, chunk.indices)]).as_py() or 0
