@@ -125,7 +125,7 @@ def test_extract_train_probe_report(store: Path, tmp_path: Path, capsys: pytest.
         assert json.loads((tmp_path / f"{head}-probe/config.json").read_text())["head"] == head
     assert main(["probe", str(store), "--output-dir", str(tmp_path / "none"), "--head", "sae"]) == 1
     assert "--sae belongs to --head sae, which needs it" in capsys.readouterr().err
-    assert main(["report", sae, str(store), "fashion-mnist-mini", report]) == 0
+    assert main(["report", sae, str(store), "fashion-mnist-mini", report, "--also", sae, str(store)]) == 0
     assert "FVU" in capsys.readouterr().out
     assert not (Path(report) / ".encoded").exists()
     encoded = str(tmp_path / "encoded")
@@ -133,6 +133,8 @@ def test_extract_train_probe_report(store: Path, tmp_path: Path, capsys: pytest.
     result = json.loads(capsys.readouterr().out)
     assert Path(result["page"]).is_file()
     assert set(result["figures"]) >= {"FVU", "L0", "Dead latents"}
+    assert main(["report", sae, str(store), "emoji-mini", report, "--vocabulary", "words.txt"]) == 1
+    assert "--vocabulary belongs to --clip" in capsys.readouterr().err
     assert main(["report", sae, str(store), "emoji-mini", report]) == 1
     assert "is not image 0 of the store of" in capsys.readouterr().err
 

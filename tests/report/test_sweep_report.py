@@ -12,8 +12,10 @@ import pytest
 from figure_checks import check_text, texts
 
 from diffusion_sae import Sweep, SweepConfig
+from diffusion_sae.analysis.sweep.results import SweepResults
 from diffusion_sae.cli.main import main
 from diffusion_sae.report.figures import sweeps as draw
+from diffusion_sae.report.grids import sweep_grids
 
 Row = dict[str, Any]
 LAYERS, TIMESTEPS = ("down_ft0", "bottleneck", "transformer_blocks.5.ff.net.0.proj"), (10, 100, 500)
@@ -128,6 +130,10 @@ def test_a_sweeps_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for path in result["figures"]:
         assert f'src="{Path(path).name}"' in page
         assert Path(path).stat().st_size > 5000
+    grids = sweep_grids(SweepResults.read(folder))
+    assert grids[0].chosen == (best["layer"], best["timestep"])
+    row, column = grids[0].layers.index(best["layer"]), list(grids[0].timesteps).index(best["timestep"])
+    assert grids[0].accuracy[row][column] == pytest.approx(best["accuracy"])
     assert main(["report", str(folder), str(tmp_path / "elsewhere")]) == 0
     assert (tmp_path / "elsewhere" / "findings.md").read_text() == findings
 

@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Any
 from .selection import add_labels, add_selection, select
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..features import FeatureSet
     from ..report.sae import Trained
     from ..sae.modeling import KSparseAutoencoder
+
+METHODS = ("pca", "umap", "tsne")  # of analysis.maps, which loads torch
+COLOURED = 48
+"""Images whose positions are shown as colours."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a further SAE with its store of these images",
     )
     parser.add_argument("--sweep", metavar="DIR", help="folder of a finished sweep, for the view of layers × timesteps")
+    parser.add_argument(
+        "--map",
+        nargs="+",
+        choices=METHODS,
+        default=["pca"],
+        metavar="METHOD",
+        help="maps of the images by their features: pca, umap, tsne (default: pca)",
+    )
+    parser.add_argument(
+        "--positions", metavar="STORE", help="token store of several layers and timesteps of these images, to colour"
+    )
     parser.add_argument("--clip", metavar="MODEL", help="CLIP or SigLIP of transformers that latents are named by")
     parser.add_argument(
         "--vocabulary", metavar="FILE", help="words that --clip names latents by, one a line (default: the packaged)"
@@ -55,6 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     if args.vocabulary is not None and args.clip is None:
         raise ValueError("--vocabulary belongs to --clip, the model that fits its words to images. Give both.")
+    from ..analysis.maps import image_map
     from ..analysis.sweep.results import SweepResults
     from ..extraction.sources import open_images
     from ..report.grids import sweep_grids
@@ -70,7 +88,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             _trained(name, *one, folder if i == 0 else folder.with_name(f"{folder.name}-{i}"))
             for i, ((name, _), one) in enumerate(zip(pairs, sources, strict=True))
         ]
-        return report_saes(args.output_dir, args.title or args.sae, trained, source, vocabulary, grids=grids)
+        return report_saes(
+            args.output_dir,
+            args.title or args.sae,
+            trained,
+            source,
+            vocabulary,
+            grids=grids,
+            maps={f"{name.upper()} of the features": image_map(sources[0][1], name).points for name in args.map},
+            colours={} if args.positions is None else _colours(args.positions),
+        )
+
+
+def _colours(store: str) -> "dict[tuple[str, int], np.ndarray]":
+    from .. import FeatureStore
+    from ..analysis.maps import colour_maps
+    from ..report.build import to_bytes
+
+    opened = FeatureStore(store)
+    maps = colour_maps(opened, range(min(COLOURED, len(opened))))
+    return {cell: to_bytes(own.rgb) for cell, own in maps.items()}
 
 
 def _features(args: argparse.Namespace, name: str, store: str) -> "tuple[KSparseAutoencoder, FeatureSet]":

@@ -56,7 +56,7 @@ class Report:
     """Places of the images in the plane, by what they were made of."""
     grids: Sequence[Grid] = ()
     colours: Mapping[tuple[str, int], UInt8[np.ndarray, "n side side 3"]] = field(default_factory=dict)
-    """The first n images at each layer and timestep, as `analysis.pca_maps` gives them."""
+    """The first n images at each layer and timestep, as `analysis.maps.colour_maps` gives them, in bytes."""
     bars: Sequence[Bar] = ()
     predictions: Float[np.ndarray, "images classes"] | None = None
     """A probe's probabilities."""
@@ -170,6 +170,11 @@ def _write_images(data: DataFolder, report: Report) -> None:
         arrays["guesses"] = best.astype(np.int32)
         arrays["chances"] = np.take_along_axis(report.predictions, best, 1).astype(np.float32)
     data.write("images", {"names": list(report.source.names)}, arrays)
+
+
+def to_bytes(colours: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
+    """0…1 as 0…255."""
+    return np.rint(255 * colours).astype(np.uint8)
 
 
 def _axes(report: Report) -> tuple[list[str], list[int]]:

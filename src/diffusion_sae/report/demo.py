@@ -1,13 +1,16 @@
 """The main job on the embedded model: images → features → k-SAE and probe → a page."""
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
+from ..analysis.maps import colour_maps, image_map
 from ..analysis.probing import class_config, fit_linear, latent_features, layer_timestep_scores, pixel_features
 from ..extraction.extractor import DiffusionFeatureExtractor
 from ..extraction.sources import open_images
@@ -21,13 +24,16 @@ from ..sae.modeling import KSparseAutoencoder
 from ..sae.trainer import SAETrainer
 from ..sae.training_args import SAETrainingArguments
 from ..zoo import IMAGES
-from .build import Bar
+from .build import Bar, to_bytes
 from .grids import Grid
 from .sae import Trained, report_saes
 
 MODEL, LAYER, TIMESTEP = "tiny-sd", "up_ft1", 50
 GRID_LAYERS = ("down_ft2", "bottleneck", "up_ft0", "up_ft1", "up_ft2")
 GRID_TIMESTEPS = (25, 50, 200, 500)
+COLOUR_LAYERS = ("up_ft0", "up_ft1", "up_ft2")
+"""Of the grid's, those with several positions an image."""
+COLOUR_IMAGES = 40
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ def run_demo(output_dir: str | Path, size: DemoSize | None = None) -> dict[str, 
                     *(Bar(name, value) for name, value in baselines.items()),
                 ],
                 grids=[_grid(size, scores)],
+                maps=_maps(validation),
+                colours=_colours(folder, size),
                 predictions=probe.predict(validation[:]).softmax(1).numpy(),
                 commands=["diffusion-sae demo"],
             )
@@ -93,6 +101,23 @@ def run_demo(output_dir: str | Path, size: DemoSize | None = None) -> dict[str, 
         "probe": str(folder / "probe"),
         "page": page["page"],
     }
+
+
+def _maps(pooled: FeatureSet) -> dict[str, np.ndarray]:
+    """By UMAP as well, where it is installed: `pip install 'diffusion-sae[maps]'`."""
+    maps = {"PCA of the pooled features": image_map(pooled, "pca").points}
+    if importlib.util.find_spec("umap") is not None:
+        maps = {"UMAP of the pooled features": image_map(pooled, "umap").points, **maps}
+    return maps
+
+
+def _colours(folder: Path, size: DemoSize) -> dict[tuple[str, int], np.ndarray]:
+    """Principal components of the positions of some images at each layer and timestep, in 0…255."""
+    store = _extract(folder / "colours", size, ("validation",), COLOUR_LAYERS, size.grid_timesteps, pooling="tokens")[
+        "validation"
+    ]
+    images = range(min(COLOUR_IMAGES, len(store)))
+    return {cell: to_bytes(maps.rgb) for cell, maps in colour_maps(store, images).items()}
 
 
 def _grid(size: DemoSize, scores: Any) -> Grid:
