@@ -158,6 +158,7 @@ def main() -> None:
             result["summary"] = summary(result["runs"])
             write_json(args.out, result)
             print(json.dumps(result["runs"][-1]), file=sys.stderr, flush=True)
+    write_json(args.out, result)
     show(summary(result["runs"]))
 
 
