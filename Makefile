@@ -6,23 +6,26 @@ STAMP := $(VENV)/.installed
 # a process a core with one thread each; a file's tests stay together, as they share what is slow to build
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: browser demo page test test-fast check format lint types clean
+.PHONY: system demo page test test-fast check format lint types clean
 
 demo: $(STAMP)
 	$(BIN)/diffusion-sae demo
 
-test: $(STAMP) browser
+test: $(STAMP) system
 	$(PYTEST)
 
 test-fast: $(STAMP)
 	$(PYTEST) -m "not slow"
 
-# the tests of the page look at it in a real browser
-browser:
-	@command -v chromium >/dev/null || { \
+# Debian packages of the tests: a real browser, which looks at the pages, and the images the embedded models learned
+system:
+	@missing=""; \
+	command -v chromium >/dev/null || missing="chromium"; \
+	[ -d /usr/share/datasets/fashion-mnist ] || missing="$$missing dataset-fashion-mnist"; \
+	[ -z "$$missing" ] || { \
 	  sudo=$$([ $$(id -u) = 0 ] || echo sudo); \
 	  $$sudo apt-get update -qq && \
-	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
+	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; }
 
 # bundles the feature browser's page; node is needed here alone, as what it makes is committed
 page:

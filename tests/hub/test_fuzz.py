@@ -280,7 +280,7 @@ OF_TENSORS: tuple[Callable[[Tensor], Any], ...] = (
     *(lambda t: t.T if t.ndim < 3 else t, lambda t: t[..., :0], lambda t: t[None], lambda t: t.reshape(-1)[0]),
     *(lambda t: t.long(), lambda t: t > 0, lambda t: t.half(), lambda t: t.bfloat16(), lambda t: t.double() * 1e200),
     *(lambda t: t * float("nan"), lambda t: t * 0, lambda t: t.expand(5, *t.shape), lambda t: t.to(torch.complex64)),
-    *(lambda t: -t, lambda t: t.to_sparse(), lambda t: [1], lambda t: None),
+    *(lambda t: ~t if t.dtype == torch.bool else -t, lambda t: t.to_sparse(), lambda t: [1], lambda t: None),
 )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 from synthetic_report import CLASSES, HOSTILE, IMAGES, Made, Visit
 
 pytestmark = pytest.mark.slow
@@ -136,7 +136,9 @@ def test_a_name_stays_and_travels(visit: Visit, made: Made, tmp_path: Path) -> N
     page.get_by_label("Load names").set_input_files(path)
     page.wait_for_selector("text=of an SAE with other weights")
     page.locator(CARD).click()
-    page.get_by_role("textbox", name="Name", exact=True).fill("")
+    field = page.get_by_role("textbox", name="Name", exact=True)
+    expect(field).to_have_value(name)  # else the name comes after what is filled in, and replaces it
+    field.fill("")
     page.get_by_role("button", name="Save name").click()
     page.wait_for_selector("text=Your name is taken back.")
     assert page.locator("h1 bdi").inner_text() in CLASSES

@@ -58,9 +58,11 @@ class KSparseAutoencoderConfig(ArtifactConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_config_keys(self, kwargs)
         check_integer("d_in", self.d_in, 1)
-        if self.num_latents is None:
-            self.expansion_factor = 64 if self.expansion_factor is None else self.expansion_factor
+        if self.num_latents is None and self.expansion_factor is None:
+            self.expansion_factor = 64
+        if self.expansion_factor is not None:
             check_number("expansion_factor", self.expansion_factor, 0, 1_000_000, open_low=True)
+        if self.num_latents is None:
             self.num_latents = round(self.d_in * self.expansion_factor)
         check_integer("num_latents", self.num_latents, 1)
         if self.expansion_factor is None:

@@ -55,7 +55,11 @@ def read_pickle(path: str | Path) -> Any:
 
 def _check_archive(path: Path) -> None:
     """torch.save writes an uncompressed zip archive: no member may hold more bytes than it takes in the file."""
-    if not zipfile.is_zipfile(path):
+    try:
+        is_archive = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        is_archive = True  # one of several disks, of which ZipFile says so below
+    if not is_archive:
         raise ValueError(
             f"{path.name} is no archive of torch.save (since PyTorch 1.6, a zip file). Save it again with a newer "
             "PyTorch, or as safetensors."
