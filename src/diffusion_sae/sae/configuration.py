@@ -63,7 +63,7 @@ class KSparseAutoencoderConfig(ArtifactConfig):
         if self.expansion_factor is not None:
             check_number("expansion_factor", self.expansion_factor, 0, 1_000_000, open_low=True)
         if self.num_latents is None:
-            self.num_latents = round(self.d_in * self.expansion_factor)
+            self.num_latents = round(self.d_in * self.expansion_factor)  # type: ignore[operator]
         check_integer("num_latents", self.num_latents, 1)
         if self.expansion_factor is None:
             self.expansion_factor = self.num_latents / self.d_in
