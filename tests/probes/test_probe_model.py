@@ -40,6 +40,7 @@ class TestConfig:
             ({"init_seed": -3}, "init_seed must be an integer ≥ 0, got -3"),
             ({"num_labels": 1}, "A probe needs ≥ 2 classes, got 1"),
             ({"id2label": {0: "only"}}, "A probe needs ≥ 2 classes, got 1"),
+            ({"id2label": {float("inf"): "a"}}, r"id2label must have class numbers 0, 1, … as keys, got \[inf\]"),
             ({"id2label": {1: "a", 2: "b"}}, r"id2label must give each class 0…1 a name of its own, got \{1: 'a'"),
             ({"id2label": {0: "a", 1: "a"}}, "a name of its own"),
             ({"id2label": NAMES, "label2id": {"hat": 0}}, "label2id must be the inverse of id2label"),
