@@ -119,7 +119,9 @@ class DiffusionProbeConfig(ArtifactConfig):
         try:
             self.id2label = {int(number): name for number, name in (self.id2label or {}).items()}
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"id2label must have class numbers 0, 1, … as keys, got {list(self.id2label)}.") from error
+            raise ValueError(
+                f"id2label must have class numbers 0, 1, … as keys, got {list(self.id2label or {})}."
+            ) from error
         count, inverse = len(self.id2label), {name: number for number, name in (self.id2label or {}).items()}
         check(
             sorted(self.id2label) == list(range(count)) and len(inverse) == count,
