@@ -97,9 +97,9 @@ def test_one_layer_or_timestep_needs_no_list():
         ({"prompt_choices": ("a", "b")}, r"prompt_choices belong to prompt_from='clip', got 'config'"),
         ({"seed": -1}, r"seed must be an integer ≥ 0, got -1"),
         ({"seed": "1"}, r"seed must be an integer ≥ 0, got '1'"),
-        ({"image_size": 0}, r"image_size must be an integer ≥ 1, got 0"),
-        ({"guidance": -0.5}, r"guidance must be a number ≥ 0, got -0.5"),
-        ({"guidance": "high"}, r"guidance must be a number ≥ 0, got 'high'"),
+        ({"image_size": 0}, r"image_size must be an integer in 1…1000000, got 0"),
+        ({"guidance": -0.5}, r"guidance must be a number ≥ 0 and ≤ 1000000, got -0.5"),
+        ({"guidance": "high"}, r"guidance must be a number ≥ 0 and ≤ 1000000, got 'high'"),
         ({"random_weights": "no"}, r"random_weights must be one of True, False, got 'no'"),
     ],
 )
