@@ -301,11 +301,11 @@ class TestLoading:
     @pytest.mark.parametrize(
         ("what", "messages"),
         [
-            ("private_without_token", [PRIVATE_SAE, "Repository Not Found", "private repository"]),
+            ("private_without_token", [PRIVATE_SAE, "is not a valid model identifier", "private repository"]),
             ("private_extractor_without_token", [PRIVATE_SAE]),
             ("private_with_bad_token", [PRIVATE_SAE]),
-            ("missing_repo", ["Repository Not Found"]),
-            ("missing_revision", ["Revision Not Found", SAE]),
+            ("missing_repo", ["revelio/no-such-sae is not a local folder and is not a valid model identifier"]),
+            ("missing_revision", ["no-such-branch is not a valid git identifier", SAE]),
         ],
     )
     def test_what_cannot_be_read_is_named(self, what: str, messages: list[str], loaded: dict[str, Any]) -> None:

@@ -2,13 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, is_offline_mode
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -114,9 +120,10 @@ class ArtifactModel(PreTrainedModel):
         # that format can run code of whoever made it; with it such an artifact is refused
         kwargs["use_safetensors"] = True
         name, find = str(pretrained_model_name_or_path), partial(_find_file, source, kwargs=kwargs)
-        _refuse_hostile_config(find)
         try:
-            require_described_weights(cls, name, find, source=source, **kwargs)
+            with suppress(RepositoryNotFoundError, RevisionNotFoundError):  # transformers says it, and what to do
+                _refuse_hostile_config(find)
+                require_described_weights(cls, name, find, source=source, **kwargs)
             with clear_connection_errors(f"loading {name!r}"):
                 loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         except (SafetensorError, DamagedFileError) as error:
