@@ -195,9 +195,6 @@ def test_the_page_with_live_actions(served: ReportServer, browser: Browser, tmp_
     latent = int(page.locator(".tiles .act").first.inner_text().split()[0])
     page.evaluate(DROP)  # as a person drops a file
     page.wait_for_selector("text=This file is no image")
-    page.wait_for_load_state("networkidle")
-    assert [problem for problem in visit.problems if "400" not in problem] == []  # the server says the same
-    visit.problems.clear()
     page = visit.open(f"#/latents/{latent}")
     page.get_by_role("textbox", name="Name", exact=True).fill("kept by the server")
     page.get_by_role("button", name="Save name").click()

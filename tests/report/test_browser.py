@@ -136,12 +136,25 @@ def test_a_name_stays_and_travels(visit: Visit, made: Made, tmp_path: Path) -> N
     page.get_by_label("Load names").set_input_files(path)
     page.wait_for_selector("text=of an SAE with other weights")
     page.locator(CARD).click()
-    field = page.get_by_role("textbox", name="Name", exact=True)
-    expect(field).to_have_value(name)  # else the name comes after what is filled in, and replaces it
-    field.fill("")
+    page.get_by_role("textbox", name="Name", exact=True).fill("")
     page.get_by_role("button", name="Save name").click()
     page.wait_for_selector("text=Your name is taken back.")
     assert page.locator("h1 bdi").inner_text() in CLASSES
+
+
+def test_what_is_typed_stays_while_the_page_is_drawn_again(visit: Visit, made: Made) -> None:
+    page = visit.open(f"#/latents/{some_latent(made)}")
+    name = page.get_by_role("textbox", name="Name", exact=True)
+    name.fill("half a na")
+    heat = page.get_by_label("Heat map")
+    heat.uncheck()
+    page.wait_for_selector(".tiles canvas[data-drawn=plain]")
+    expect(name).to_have_value("half a na")
+    heat.check()
+    page.wait_for_selector(".tiles canvas[data-drawn=heat]")
+    expect(name).to_have_value("half a na")
+    page.get_by_role("link", name="next →").click()
+    expect(name).to_have_value("")
 
 
 def test_keyboard_alone(visit: Visit) -> None:

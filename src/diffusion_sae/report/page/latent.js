@@ -1,6 +1,6 @@
 // One latent's page.
 import { html } from "htm/preact";
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 import { LatentCard } from "./card.js";
 import { Histogram, Shares, TimestepLine } from "./charts.js";
 import { row } from "./data.js";
@@ -51,17 +51,18 @@ function Steps({ sae, at, query, order }) {
 
 function Naming({ sae, at, name }) {
   const latent = sae.table.index[at];
-  const input = useRef();
+  const [draft, setDraft] = useState(); // what is typed and not saved: drawing the page again must not take it away
   const [message, setMessage] = useState("");
+  const text = draft ?? ownNames(sae)[latent] ?? "";
   const save = async (event) => {
     event.preventDefault();
-    const text = input.current.value;
     const where = await setNames(sae, { [latent]: text }).then((saved) => `Saved ${saved}.`, (error) => `Not saved on the server: ${error.message}`);
+    setDraft((now) => (now === text ? undefined : now));
     setMessage(text.trim() ? where : `Your name is taken back. ${where}`);
   };
   const origin = { you: "named by you", report: "named by the report", class: "its top images' class" }[name.by] ?? "";
   return html`<form class="tools naming" onSubmit=${save}>
-    <label class="grow">Name <input ref=${input} type="text" maxlength="200" value=${ownNames(sae)[latent] ?? ""}
+    <label class="grow">Name <input type="text" maxlength="200" value=${text} onInput=${(e) => setDraft(e.target.value)}
       placeholder=${name.by === "you" ? "" : name.text} autocomplete="off" /></label>
     <button>Save name</button>
     <span role="status">${message || html`${origin}${told(name)}${name.runnerUp ? html`; runner-up <${Text} of=${name.runnerUp} />` : ""}`}</span>

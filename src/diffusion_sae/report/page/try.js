@@ -22,8 +22,8 @@ export function Try({ sae, query }) {
     if (!file) return;
     setState({ message: "Encoding…" });
     try {
-      const [picture, found] = await Promise.all([squared(file), encode(sae, file)]);
-      setState({ picture, found, name: file.name });
+      const picture = await squared(file); // first, so that a file that is no image is told of here, and not sent
+      setState({ picture, found: await encode(sae, file), name: file.name });
     } catch (error) {
       setState({ message: error.message });
     }
