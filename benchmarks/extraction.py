@@ -9,6 +9,7 @@ weights at 512 px (the sweep at 256 px) in fp32. A target is printed beside its 
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+# as the command line: of two cores, those that wait for others by spinning are taken from the decoding of images
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch

@@ -95,10 +95,11 @@ def extraction(result: dict[str, Any]) -> str:
                 f"{sweep['ratio']:.2f}",
                 f"{sweep['times_faster']:.1f}",
                 f"{folder['ratio']:.2f}",
+                f"{folder['share_of_limit']:.2f}",
             ]
         )
     header = ["", "over the bare modules", "`bottleneck` over the whole U-Net", "5 × 5 cells over the minimum"]
-    header += ["times faster than a pass a cell", "JPEG folder, share of compute alone"]
+    header += ["times faster than a pass a cell", "JPEG folder, share of compute alone", "of compute and decoding"]
     return table(header, rows) + "\n\n" + source(result, result["machine"], "extraction-speed.json")
 
 

@@ -12,7 +12,7 @@ if "HF_DATASETS_CACHE" not in os.environ:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-cache-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,15 @@ from diffusion_sae.provenance import ExtractorConfig
 from tiny_pipelines import CLASS_NAMES, build_dit, build_sd, build_seeded, build_tokenizer, clip_config
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def threads_are_left_as_they_were() -> Generator[None]:
+    """With another number of them the last digits are others, and later tests compare bytes."""
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert left == 1, f"torch was left with {left} threads"
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,12 @@ def test_wide_features_of_several_subsets_at_once_are_refused() -> None:
         next(logistic_path(rows, labels, 5, (1.0,), subsets=torch.ones(2, 20, dtype=torch.bool)))
 
 
-def test_shares_of_few_classes_are_the_softmax() -> None:
-    for classes in (2, logistic.FEW_CLASSES, logistic.FEW_CLASSES + 1):
-        logits = 300 * torch.randn(7, 2, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(classes))
-        torch.testing.assert_close(logistic._softmax(logits), logits.softmax(2), rtol=1e-12, atol=1e-15)
+def test_a_point_has_torchs_softmax_and_cross_entropy() -> None:
+    rows, labels = draw(40, 6)
+    chosen = torch.rand(3, 40, generator=torch.Generator().manual_seed(1)) < 0.6
+    problem = logistic._Problem(rows, labels, 5, chosen)
+    logits = 300 * torch.randn(3, 5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    point = problem.at(logits)
+    torch.testing.assert_close(point.probabilities, logits.softmax(1), rtol=1e-12, atol=1e-15)
+    for subset, own, found in zip(chosen, logits, point.entropy, strict=True):
+        torch.testing.assert_close(found, torch.nn.functional.cross_entropy(own.T[subset], labels[subset]))

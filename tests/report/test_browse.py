@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +17,53 @@ import torch
 from PIL import Image
 from playwright.sync_api import Browser
 from synthetic_report import Made, Visit
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from diffusion_sae import DiffusionFeatureExtractor, KSparseAutoencoder
 from diffusion_sae.analysis.latent_table import latent_table
-from diffusion_sae.extraction.sources import open_images
+from diffusion_sae.analysis.latents import latent_statistics
+from diffusion_sae.extraction.sources import ImageSource, open_images
 from diffusion_sae.report.browse import ReportServer
 from diffusion_sae.report.build import files_of
-from diffusion_sae.report.sae import Trained, report_saes
+from diffusion_sae.report.latents import PURITY_OF
+from diffusion_sae.report.sae import Trained, Vocabulary, report_saes
 
 NAME = "tiny-sd-up1-t50"
 IMAGES = 40
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReportServer]:
-    """A report of the embedded SAE, kept in a folder with its table of latents."""
+def source() -> ImageSource:
+    return open_images("fashion-mnist-mini", "test").first(IMAGES)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The embedded SAE, kept in a folder with its table of latents."""
     folder = tmp_path_factory.mktemp("browse")
-    source = open_images("fashion-mnist-mini", "test").first(IMAGES)
     extractor = DiffusionFeatureExtractor.from_pretrained(NAME)
     store = extractor.extract("fashion-mnist-mini", folder / "store", split="test", limit=IMAGES)
     sae = KSparseAutoencoder.from_pretrained(NAME)
     features = store.select("up_ft1", 50)
     sae.latents = latent_table(sae, features)
     sae.save_pretrained(folder / "sae")
-    trained = Trained("embedded", sae, features, folder / "encoded", str(folder / "sae"))
-    report_saes(folder / "report", "Embedded", [trained], source)
-    with ReportServer(folder / "report") as server:
+    return Trained("embedded", sae, features, folder / "encoded", str(folder / "sae"))
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[ReportServer]:
+    with ReportServer(folder) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def served(trained: Trained, source: ImageSource, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReportServer]:
+    report = tmp_path_factory.mktemp("report")
+    report_saes(report, "Embedded", [trained], source)
+    with serving(report) as server:
+        yield server
 
 
 def ask(
@@ -203,6 +222,50 @@ def test_the_page_with_live_actions(served: ReportServer, browser: Browser, tmp_
     page.reload()
     page.wait_for_selector("h1:has-text('kept by the server')")
     visit.close()
+
+
+TEXT = "red bag"
+
+
+def test_latents_are_found_by_a_text(
+    trained: Trained, source: ImageSource, clip_folder: Path, browser: Browser, tmp_path: Path
+) -> None:
+    """The order is that of CLIPModel's own cosines, averaged over a latent's top images by their activations."""
+    words = ("shoe", "bag", "a red thing")
+    (tmp_path / "words.txt").write_text("\n".join(words))
+    vocabulary = Vocabulary.embed(str(clip_folder), tmp_path / "words.txt", source)
+    report_saes(tmp_path / "report", "Embedded", [trained], source, vocabulary)
+    sae, features = trained.sae, trained.features
+    statistics = latent_statistics(sae, features, PURITY_OF)
+    clip = CLIPModel.from_pretrained(clip_folder).eval()
+    processor = AutoImageProcessor.from_pretrained(clip_folder, backend="pil")
+    pixels = processor([source.read(i) for i in range(IMAGES)], return_tensors="pt")["pixel_values"]
+    text = AutoTokenizer.from_pretrained(clip_folder)([TEXT], return_tensors="pt")
+    with torch.no_grad():
+        cosines = (clip(pixel_values=pixels, **text).logits_per_image / clip.logit_scale.exp())[:, 0].double()
+    weights = statistics.top_acts.double()
+    expected = ((cosines - cosines.mean())[statistics.top_images] * weights).sum(1) / weights.sum(1)
+    best = expected.nan_to_num(-1).topk(5)  # of latents that fire in the same image alone, the scores are equal
+    with serving(tmp_path / "report") as server:
+        assert act(server, "GET", "/api/abilities/sae0") == (200, {"encode": True, "text": True})
+        status, answer = act(server, "POST", "/api/search/sae0", {"text": TEXT})
+        assert status == 200
+        found = answer["latents"]
+        assert [one["score"] for one in found[:5]] == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert [one["score"] for one in found] == pytest.approx(
+            [expected[one["latent"]].item() for one in found], abs=1e-5
+        )
+        visit = Visit(browser, server.url)
+        page = visit.open()
+        page.get_by_role("searchbox", name="Latents by a description").fill(TEXT)
+        page.get_by_role("button", name="Search").click()
+        page.wait_for_selector(".found li")
+        first, latent = page.locator(".found li").first, found[0]["latent"]
+        assert first.inner_text().split()[0] == str(latent)
+        assert any(word in first.inner_text() for word in words)
+        first.get_by_role("link").click()
+        page.wait_for_selector(f"h1:has-text('latent {latent}')")
+        visit.close()
 
 
 DROP = """() => {

@@ -1,6 +1,7 @@
 """Maps: a whole set of images in the plane, and what a layer tells apart within an image, as colour."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,17 @@ def image_map(rows: Rows, method: str = "umap", *, neighbors: int = 15, seed: in
     return ImageMap(np.asarray(points, np.float32), settings | {"neighbors": neighbors, **more})
 
 
+@contextmanager
+def _threads_kept() -> Generator[None]:
+    """Numba, which UMAP is made with, sets the number of threads that torch computes with as well."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_threads_kept()
 def _umap(rows: np.ndarray, start: np.ndarray, neighbors: int, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
     try:
         import umap

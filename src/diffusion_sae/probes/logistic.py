@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 MEMORY = 10
 MAX_ITERATIONS = 500
-FEW_CLASSES = 32
 # up to so many numbers the products are made in fp64, which costs nothing there
 EXACT_BELOW = 2**20
 TOLERANCE = 1e-12
@@ -81,23 +80,31 @@ def logistic_path(
         yield problem.solution(weight, loss, l2, iterations)
 
 
+@dataclass(frozen=True)
+class _Point:
+    """Where a search is, a problem each. Rows are last: sums over classes then go over whole vectors."""
+
+    logits: Float[Tensor, "S K n"]
+    probabilities: Float[Tensor, "S K n"]
+    entropy: Float[Tensor, " S"]
+    """Mean cross-entropy, fp64."""
+
+
 class _Problem:
     """Losses and gradients of S problems; `weight` (S, K, width + 1) has the bias in its last column."""
 
     def __init__(self, rows: Tensor, labels: Tensor, num_labels: int, subsets: Tensor) -> None:
-        self.shape = (len(rows), len(subsets), num_labels)
         mean, std = moments(rows)
         dtype = torch.float64 if rows.numel() <= EXACT_BELOW else torch.float32
         self.rows = ((rows.double() - mean) / std).to(dtype)
         # a subset's own standardisation, on top of the common one, is a scale of its weights and a part of its bias
-        self.share = subsets.T.double() / subsets.sum(1)  # (n, S): of a row in the mean over its subset
-        own_mean = (self.share.T.to(dtype) @ self.rows).double()
-        own_square = (self.share.T.to(dtype) @ self.rows.square()).double()
+        self.share = (subsets.double() / subsets.sum(1, keepdim=True)).to(dtype)  # (S, n): of a row
+        own_mean = (self.share @ self.rows).double()
+        own_square = (self.share @ self.rows.square()).double()
         own_std = (own_square - own_mean.square()).clamp(min=0).sqrt()
         own_std = torch.where(own_std > 1e-6, own_std, 1.0)
         self.own_mean, self.own_std = own_mean, own_std
         self.mean, self.std = mean + std * own_mean, std * own_std
-        self.share = self.share.to(dtype)
         self.turned = None
         if rows.shape[1] > len(rows):
             if len(subsets) > 1:
@@ -107,36 +114,32 @@ class _Problem:
             self.rows, self.own_std = triangle.T.contiguous(), torch.ones_like(own_std[:, : len(rows)])
             self.own_mean = (own_mean / own_std) @ self.turned.double()
         self.width = self.rows.shape[1]
-        self.labels = labels
+        self.places = labels.expand(len(subsets), 1, -1)
+        self.targets = nn.functional.one_hot(labels, num_labels).T.to(dtype)  # (K, n)
         self.covariance = self.rows.T @ self.rows / len(rows)
 
-    def logits(self, weight: Tensor) -> Tensor:
-        """(n, S, K)."""
+    def logits(self, weight: Tensor) -> Float[Tensor, "S K n"]:
         scaled = (weight[..., :-1] / self.own_std[:, None]).flatten(0, 1).to(self.rows.dtype)
-        return (self.rows @ scaled.T).view(self.shape) + weight[..., -1].to(self.rows.dtype)
+        return (scaled @ self.rows.T).view(*weight.shape[:2], -1).add_(weight[..., -1:].to(self.rows.dtype))
 
-    def gradient(self, residual: Tensor) -> Tensor:
-        """Of the mean cross-entropy, from p − y (n, S, K)."""
-        shared = residual * self.share[..., None]
-        gradient = (shared.flatten(1).T @ self.rows).view(*self.shape[1:], -1).double() / self.own_std[:, None]
-        return torch.cat([gradient, shared.double().sum(0)[..., None]], 2)
+    def at(self, logits: Float[Tensor, "S K n"]) -> _Point:
+        top = logits.amax(1, keepdim=True)
+        shares = (logits - top).exp_()
+        total = shares.sum(1, keepdim=True)
+        entropy = total.log().add_(top).sub_(self.of_label(logits))
+        return _Point(logits, shares.div_(total), self.mean_over(entropy[:, 0]))
 
-    def losses(self, logits: Tensor) -> Tensor:
-        """Mean cross-entropy (S,)."""
-        picked = self.labels.view(-1, 1, 1).expand(-1, self.shape[1], 1)
-        rows = logits.logsumexp(2) - logits.gather(2, picked)[..., 0]
-        return self.mean_over(rows)
+    def of_label(self, values: Float[Tensor, "S K n"]) -> Float[Tensor, "S 1 n"]:
+        return values.gather(1, self.places)
 
-    def residual(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """p, and p − y."""
-        probabilities = _softmax(logits)
-        residual = probabilities.clone()
-        residual[torch.arange(self.shape[0], device=logits.device), :, self.labels] -= 1
-        return probabilities, residual
+    def gradient(self, point: _Point) -> Float[Tensor, "S K width+1"]:
+        """Of the mean cross-entropy."""
+        shared = (point.probabilities - self.targets).mul_(self.share[:, None])
+        gradient = (shared.flatten(0, 1) @ self.rows).view(*shared.shape[:2], -1).double() / self.own_std[:, None]
+        return torch.cat([gradient, shared.sum(2, keepdim=True, dtype=torch.float64)], 2)
 
-    def mean_over(self, values: Tensor) -> Tensor:
-        """(n, S) → (S,), in fp64."""
-        return (values * self.share).double().sum(0)
+    def mean_over(self, values: Float[Tensor, "S n"]) -> Float[Tensor, " S"]:
+        return (values * self.share).sum(1, dtype=torch.float64)
 
     def preconditioner(self, l2: float, curvature: float) -> Tensor:
         """Cholesky factor of αG + l2·I, with as much more on the diagonal as its rounding needs."""
@@ -155,14 +158,6 @@ class _Problem:
         if self.turned is not None:
             matrix = matrix @ self.turned.double().T
         return LogisticSolution(l2, self.mean, self.std, matrix, bias, loss, iterations)
-
-
-def _softmax(logits: Float[Tensor, "n S K"]) -> Float[Tensor, "n S K"]:
-    """Over the classes. torch's own takes four times as long where they are few (4,000 × 3 × 10 on a CPU)."""
-    if logits.shape[2] > FEW_CLASSES:
-        return logits.softmax(2)
-    shares = (logits - logits.amax(2, keepdim=True)).exp_()
-    return shares.div_(shares.sum(2, keepdim=True))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -199,11 +194,15 @@ def _minimise(problem: _Problem, weight: Tensor, l2: float, tolerance: float) ->
     """(weight, loss, iterations)."""
     penalised = torch.ones_like(weight)
     penalised[..., -1] = 0
-    logits = problem.logits(weight)
-    loss = problem.losses(logits) + l2 / 2 * _dot(weight * penalised, weight)
-    probabilities, residual = problem.residual(logits)
-    curvature = max(float((probabilities * (1 - probabilities)).double().mean()), 1e-9)
-    gradient = problem.gradient(residual) + l2 * penalised * weight
+
+    def penalty(a: Tensor, b: Tensor) -> Tensor:
+        return l2 * _dot(a * penalised, b)
+
+    point = problem.at(problem.logits(weight))
+    loss = point.entropy + penalty(weight, weight) / 2
+    spread = point.probabilities * (1 - point.probabilities)
+    curvature = max(float(spread.mean(dtype=torch.float64)), 1e-9)
+    gradient = problem.gradient(point) + l2 * penalised * weight
     inverse = _InverseHessian(problem.preconditioner(l2, curvature), curvature)
     settled = torch.zeros_like(loss, dtype=torch.bool)
     for iteration in range(MAX_ITERATIONS):
@@ -211,48 +210,51 @@ def _minimise(problem: _Problem, weight: Tensor, l2: float, tolerance: float) ->
         # ½ gᵀ H⁻¹ g: what a quadratic of this curvature would still lose
         if bool((settled | (-_dot(gradient, direction) / 2 <= tolerance)).all()):
             return weight, loss, iteration
-        along = problem.logits(direction)
-        ridge = [l2 * _dot(a * penalised, b) for a, b in ((weight, direction), (direction, direction))]
-        length, logits = _line_search(problem, logits, along, loss - l2 / 2 * _dot(weight * penalised, weight), ridge)
+        ridge = penalty(weight, direction), penalty(direction, direction)
+        length, point = _line_search(problem, point, problem.logits(direction), ridge)
         step = length[:, None, None] * direction
         weight = weight + step
-        before, loss = loss, problem.losses(logits) + l2 / 2 * _dot(weight * penalised, weight)
+        before, loss = loss, point.entropy + penalty(weight, weight) / 2
         settled = before - loss <= tolerance / 100
-        change = problem.gradient(problem.residual(logits)[1]) + l2 * penalised * weight - gradient
+        change = problem.gradient(point) + l2 * penalised * weight - gradient
         inverse.remember(step, change)
         gradient = gradient + change
     return weight, loss, MAX_ITERATIONS
 
 
 def _line_search(
-    problem: _Problem, logits: Tensor, along: Tensor, entropy: Tensor, ridge: list[Tensor]
-) -> tuple[Tensor, Tensor]:
+    problem: _Problem, start: _Point, along: Float[Tensor, "S K n"], ridge: tuple[Tensor, Tensor]
+) -> tuple[Float[Tensor, " S"], _Point]:
     """Newton's method for the length of the step, a problem each; no product with the rows is needed.
 
     Args:
-        logits, along: (n, S, K), at the start and of the direction.
-        entropy: mean cross-entropy at the start.
+        along: the logits of the direction d.
         ridge: l2 · wᵀd and l2 · dᵀd.
 
     Returns:
-        The lengths, and the logits there.
+        The lengths, and the point there.
     """
-    length = torch.ones_like(entropy)
+
+    def reach(length: Tensor) -> _Point:
+        return problem.at(torch.addcmul(start.logits, along, length.to(along.dtype)[:, None, None]))
+
+    length = torch.ones_like(start.entropy)
+    point, of_label = reach(length), problem.of_label(along)[:, 0]
     for _ in range(5):
-        probabilities, residual = problem.residual(logits + length.to(logits.dtype)[:, None] * along)
-        slope = problem.mean_over((residual * along).sum(2)) + ridge[0] + length * ridge[1]
-        weighted = probabilities * along
-        mean = weighted.sum(2)
-        bend = problem.mean_over((weighted * along).sum(2) - mean * mean) + ridge[1]
+        weighted = point.probabilities * along
+        mean = weighted.sum(1)
+        slope = problem.mean_over(mean - of_label) + ridge[0] + length * ridge[1]
+        bend = problem.mean_over(weighted.mul_(along).sum(1) - mean * mean) + ridge[1]
         newton = slope / bend.clamp(min=1e-300)
         if bool((newton.abs() <= 0.05 * length).all()):
             break
         length = (length - newton).clamp(min=0.05 * length, max=20 * length)
+        point = reach(length)
     for _ in range(30):
-        there = logits + length.to(logits.dtype)[:, None] * along
-        gain = entropy - problem.losses(there) - length * ridge[0] - length.square() / 2 * ridge[1]
-        worse = gain < -1e-7 * entropy
+        gain = start.entropy - point.entropy - length * ridge[0] - length.square() / 2 * ridge[1]
+        worse = gain < -1e-7 * start.entropy
         if not bool(worse.any()):
-            return length, there
+            return length, point
         length = torch.where(worse, length / 4, length)
-    return torch.zeros_like(length), logits
+        point = reach(length)
+    return torch.zeros_like(length), start

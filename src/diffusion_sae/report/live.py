@@ -153,7 +153,9 @@ class LiveSAE:
             with safe_open(self._words, "pt") as file:
                 directions = file.get_tensor("directions")
             scores = directions.double() @ self._text_model.embed_texts([text])[0].double()
-        best = scores.topk(min(MOST, len(scores)))
+        known = directions.any(1)  # not of latents that fire in no image
+        scores[~known] = -torch.inf
+        best = scores.topk(min(MOST, int(known.sum())))
         return {
             "latents": [
                 {"latent": i, "score": score}

@@ -89,7 +89,9 @@ def _names(
     if vocabulary is not None:
         scores: NameScores = vocabulary.scores
         weights = statistics.top_acts.clamp_min(1e-30)  # of a latent that fires nowhere, too, a mean is taken
-        words = Words(vocabulary.clip, vocabulary.scores.directions(statistics.top_images, weights))
+        directions = vocabulary.scores.directions(statistics.top_images, weights)
+        directions[statistics.top_acts.amax(1) <= 0] = 0  # it fires nowhere: no text is to find it
+        words = Words(vocabulary.clip, directions)
     elif labels is not None:
         scores = ClassScores(torch.from_numpy(labels.values), labels.names)
     else:

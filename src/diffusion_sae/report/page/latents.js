@@ -3,11 +3,11 @@ import { html } from "htm/preact";
 import { useEffect, useMemo, useState } from "preact/hooks";
 import { LatentCard } from "./card.js";
 import { count, plural } from "./format.js";
-import { download, ownNames, upload, useNames } from "./names.js";
+import { download, nameOf, ownNames, upload, useNames } from "./names.js";
 import { RANGES, SORTS, chosen, defaultSort, descends } from "./order.js";
 import { link, replace } from "./route.js";
 import { abilities, searchText } from "./server.js";
-import { HeatSwitch } from "./widgets.js";
+import { HeatSwitch, Text } from "./widgets.js";
 import { VirtualGrid } from "./virtual.js";
 
 export function Latents({ report, sae, query, order }) {
@@ -102,7 +102,7 @@ function TextSearch({ sae, query }) {
     <label class="grow">Latents by a description <input type="search" name="text" placeholder="a round handle" /></label>
     <button>Search</button><span role="status">${message}</span></form>
     ${found && html`<ol class="found">${found.map(({ latent, score }) => {
-      const at = sae.position.get(latent);
-      return html`<li><a href=${link("latents", [latent], query)}>${latent}</a> <span class="muted">${score.toFixed(2)}</span>${at === undefined && " fires nowhere here"}</li>`;
+      const { text } = nameOf(sae, sae.position.get(latent));
+      return html`<li><a href=${link("latents", [latent], query)}>${latent}</a> <${Text} of=${text} none="no name" /> <span class="muted">${score.toFixed(2)}</span></li>`;
     })}</ol>`}`;
 }
