@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
-from machine import machine
+from machine import command, machine
 from PIL import Image
 from torch import Tensor
 
@@ -292,7 +292,7 @@ def main() -> None:
             print(f"{model} {name}: {json.dumps({k: round(v, 4) for k, v in result.items()})}", flush=True)
             results["models"].setdefault(model, {})[name] = result
             if args.out:
-                results |= {"machine": machine(), "command": f"python benchmarks/extraction.py --out {args.out}"}
+                results |= {"machine": machine(), "command": command()}
                 write_json(args.out, results)
 
 

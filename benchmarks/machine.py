@@ -2,11 +2,18 @@
 
 import os
 import platform
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+
+def command() -> str:
+    """What was called, as it can be called again."""
+    return f"python {shlex.join(sys.argv)}"
 
 
 def machine() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from machine import machine
+from machine import command, machine
 from torch import Tensor
 
 from diffusion_sae import DiffusionProbe, DiffusionProbeConfig
@@ -144,7 +144,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "machine": machine(),
-        "command": f"python benchmarks/probe_epochs.py --out {args.out} --rounds {args.rounds}",
+        "command": command(),
     }
     result |= {"epochs": EPOCHS, "batch_size": BATCH, "views": VIEWS, "rounds": args.rounds, "target_ratio": TARGET}
     forward = extraction(args.rounds)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
+from machine import command, machine
 from PIL import Image
 from transformers import pipeline
 
@@ -86,7 +86,7 @@ def main() -> None:
     source = open_images("fashion-mnist-mini", "test").first(args.images)
     images = [source.read(i) for i in range(len(source))]
     classify = pipeline("diffusion-probe")
-    result: dict[str, Any] = {"machine": machine(), "command": f"python benchmarks/probe_pipeline.py --out {args.out}"}
+    result: dict[str, Any] = {"machine": machine(), "command": command()}
     result |= {"rounds": args.rounds, "target_ratio": TARGET}
     # fewer images where each takes longer
     parts = {32: images, 8: images[: len(images) // 2], 1: images[: len(images) // 8]}

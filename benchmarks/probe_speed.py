@@ -20,7 +20,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads that spin would count as work
 
 import torch
-from machine import machine
+from machine import command, machine
 from sklearn.linear_model import LogisticRegression
 
 from diffusion_sae._files import write_json
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    result: dict[str, Any] = {"machine": machine(), "command": f"python benchmarks/probe_speed.py --out {args.out}"}
+    result: dict[str, Any] = {"machine": machine(), "command": command()}
     result |= {"cells": args.cells, "seeds": SEEDS, "rows": args.rows, "width": args.width, "classes": args.classes}
     result["strengths"] = STRENGTHS
     chosen, totals, compared = subsets(args.rows, SEEDS), {"seconds": 0.0, "processor_seconds": 0.0}, []

@@ -13,14 +13,13 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
+from machine import command, machine
 
 from diffusion_sae import FeatureStore, KSparseAutoencoder, KSparseAutoencoderConfig, SparseCodes, encode_features
 from diffusion_sae._files import write_json
@@ -106,9 +105,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     options = ("rows", "d_in", "num_latents", "k", "batch_size", "format")
-    command = f"python benchmarks/sae_encoding.py {' '.join(sys.argv[1:])}"
     result: dict[str, Any] = {
-        "command": command,
+        "command": command(),
         "machine": machine(),
         **{name: getattr(args, name) for name in options},
     }

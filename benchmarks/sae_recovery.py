@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from machine import machine
+from machine import command, machine
 
 from diffusion_sae._files import write_json
 from diffusion_sae.analysis.recovery import SyntheticDictionary
@@ -138,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"runs": []}
     result |= {
-        "command": f"python benchmarks/sae_recovery.py {' '.join(sys.argv[1:])}",
+        "command": command(),
         "machine": machine() | {"threads_of_a_run": 1},
         "active_directions": SyntheticDictionary().active,
         "frequency_exponent": SyntheticDictionary().exponent,

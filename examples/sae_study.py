@@ -10,7 +10,6 @@ to stderr.
 import argparse
 import dataclasses
 import multiprocessing
-import shlex
 import statistics
 import sys
 import time
@@ -36,7 +35,7 @@ from diffusion_sae.sae.training_args import SAETrainingArguments
 from diffusion_sae.zoo import IMAGES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from machine import machine
+from machine import command, machine
 
 ARTIFACT = "tiny-sd-up1-t50"  # says which model, layer and timestep
 SPLITS = ("train", "validation", "test")
@@ -294,7 +293,7 @@ def results(study: Study, workers: int) -> dict[str, Any]:
     runs = collect(study, first.d_in)
     assert first.provenance is not None
     return {
-        "command": f"python examples/sae_study.py {shlex.join(sys.argv[1:])}",
+        "command": command(),
         "machine": record,
         "seconds_of_this_call": round(time.time() - started),
         "settings": dataclasses.asdict(study.plan) | {"d_in": first.d_in, "images": IMAGES},
