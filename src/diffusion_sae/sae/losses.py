@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .sparse import NormalizedMSE
+from .sparse import NormalizedMSE, row_parts
 
 
 def normalized_mse(reconstruction: Tensor, target: Tensor) -> Float[Tensor, ""]:
@@ -21,7 +21,8 @@ def fraction_of_variance_unexplained(reconstruction: Tensor, target: Tensor) -> 
 
 def total_variance(target: Tensor) -> Float[Tensor, ""]:
     """Σ‖x − x̄‖² over the rows."""
-    return torch.linalg.vector_norm(target - target.mean(0)).square()
+    mean = target.mean(0)
+    return torch.stack([torch.linalg.vector_norm(part - mean).square() for (part,) in row_parts(target)]).sum()
 
 
 def auxk_loss(

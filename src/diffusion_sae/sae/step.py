@@ -262,7 +262,7 @@ class _BlockSums:
         if self._kept is not None and block.start in self._kept:
             return self._kept[block.start]
         g_dec, rows = self._sum("W_dec", block), self._W_dec[block]
-        g_dec -= (g_dec * rows).sum(1, keepdim=True) * rows
+        g_dec.addcmul_(rows, (g_dec * rows).sum(1, keepdim=True), value=-1)
         formed = self._sum("W_enc", block), g_dec
         if self._kept is not None:
             self._kept[block.start] = formed
