@@ -1,8 +1,7 @@
 """Sparse codes of many rows, from a store to the disk, against the encoder's product of the same rows alone.
 
-    python benchmarks/sae_encoding.py --out docs/results/sae-encoding.json      # 0.3 GB on the disk; minutes a round
-    python benchmarks/sae_encoding.py --rows 1000000                            # 1.4 GB
-    python benchmarks/sae_encoding.py --rows 8192 --rounds 1                    # to try it out
+    python benchmarks/sae_encoding.py --threads 2 --rows 1000000 --out docs/results/sae-encoding.json     # 1.4 GB
+    python benchmarks/sae_encoding.py --rows 8192 --rounds 1                                              # a trial
 
 `encode` is the whole of `encode_features`: hashes, reading, encoder, selection, writing, opening. `product` is
 `torch.mm` of the same rows in fp32, in the same blocks as the encoder's, into one kept buffer; rows are read outside of
@@ -22,7 +21,7 @@ import torch
 from machine import command, machine
 
 from diffusion_sae import FeatureStore, KSparseAutoencoder, KSparseAutoencoderConfig, SparseCodes, encode_features
-from diffusion_sae._files import write_json
+from diffusion_sae._files import read_json, write_json
 from diffusion_sae.features import FeatureSet, StoreWriter
 from diffusion_sae.features.columns import StringColumn
 from diffusion_sae.provenance import Provenance
@@ -93,7 +92,7 @@ def use(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="JSON file of the results")
+    parser.add_argument("--out", type=Path, help="JSON; what it holds of other shapes stays")
     parser.add_argument("--rows", type=int, default=200_000, help="rows (default: 200000)")
     parser.add_argument("--rounds", type=int, default=5, help="times that each side runs (default: 5)")
     parser.add_argument("--d-in", type=int, default=640, help="width of the rows (default: 640)")
@@ -135,7 +134,9 @@ def main() -> None:
     result["throughput_over_product"] = round(medians["product"] / medians["encode"], 3)
     print(json.dumps(result, indent=2))
     if args.out is not None:
-        write_json(args.out, result)
+        shapes = read_json(args.out)["shapes"] if args.out.is_file() else {}
+        shapes[",".join(str(result[name]) for name in ("rows", "d_in", "num_latents", "k"))] = result
+        write_json(args.out, {"shapes": shapes})
 
 
 if __name__ == "__main__":

@@ -76,11 +76,17 @@ def profile(result: dict[str, Any]) -> str:
 
 
 def encoding(result: dict[str, Any]) -> str:
-    rate = result["rows_per_second"]
-    row = [f"{result['rows']:,} × {result['d_in']}", f"{result['num_latents']:,}", str(result["k"])]
-    row += [f"{rate['encode']:,}", f"{rate['product']:,}", f"{result['throughput_over_product']:.2f}"]
-    header = ["rows × d_in", "latents", "k", "encoded rows a second", "the product's", "share"]
-    return table(header, [row]) + "\n\n" + source(result, result["machine"], "sae-encoding.json")
+    rows = []
+    for one in result["shapes"].values():
+        rate = one["rows_per_second"]
+        shape = [f"{one['rows']:,} × {one['d_in']}", f"{one['num_latents']:,}", str(one["k"])]
+        rates = [f"{rate['encode']:,}", f"{rate['product']:,}", f"{one['throughput_over_product']:.2f}"]
+        rows.append([*shape, *rates, f"`{one['command'].partition(' --out')[0]}`"])
+    header = ["rows × d_in", "latents", "k", "encoded rows a second", "the product's", "share", "command"]
+    machine = next(iter(result["shapes"].values()))["machine"]
+    name, load = machine["processor"], machine["load_at_start"]
+    end = f"{machine['cores']} cores, {name}, load {load:.1f} when the first began. "
+    return table(header, rows) + f"\n\n{end}Numbers: [`sae-encoding.json`](results/sae-encoding.json)."
 
 
 def extraction(result: dict[str, Any]) -> str:

@@ -43,12 +43,12 @@ def kill_myself_at(rename):
 class Runs:
     """Extractions in processes that are forked off this one, which has the extractor and has never run it."""
 
-    def __init__(self, model):
+    def __init__(self, model, **more):
         from diffusion_sae import DiffusionFeatureExtractor
 
         torch.set_num_threads(1)
         settings = {"layers": ["bottleneck", "up_ft1"], "timesteps": [25, 100], "pooling": "tokens"}
-        self.extractor = DiffusionFeatureExtractor.from_pretrained(model, **settings)
+        self.extractor = DiffusionFeatureExtractor.from_pretrained(model, **settings, **more)
         self.extractor.provenance  # noqa: B018  hashed beforehand, so that a kill hits the extraction
 
     def start(self, images, folder, rename=None, **options):
@@ -90,15 +90,15 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def in_a_process(tiny_sd_folder):
-    """Calls a function of this module as f(Runs, *arguments) in a process that has run nothing before.
+    """Calls a function of this module as f(Runs(**settings), *arguments) in a process that has run nothing before.
 
     The threads that torch and Arrow start here would not be there after a fork.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["diffusion_sae.extraction.extractor", "diffusers", "datasets"])
 
-    def call(function, *arguments):
-        process = context.Process(target=_call, args=(function, tiny_sd_folder, *arguments))
+    def call(function, *arguments, **settings):
+        process = context.Process(target=_call, args=(function, tiny_sd_folder, settings, *arguments))
         process.start()
         process.join()
         assert process.exitcode == 0, function.__name__
@@ -106,8 +106,8 @@ def in_a_process(tiny_sd_folder):
     return call
 
 
-def _call(function, model, *arguments):
-    function(Runs(model), *arguments)
+def _call(function, model, settings, *arguments):
+    function(Runs(model, **settings), *arguments)
 
 
 def three_kills_in_a_row(runs, images, work):
@@ -164,8 +164,9 @@ def a_kill_before_every_rename(runs, images, work):
 
 
 @pytest.mark.slow
-def test_a_kill_before_every_rename(in_a_process, image_folder, tmp_path):
-    in_a_process(a_kill_before_every_rename, image_folder, tmp_path)
+@pytest.mark.parametrize("views", [0, 2])
+def test_a_kill_before_every_rename(in_a_process, image_folder, tmp_path, views):
+    in_a_process(a_kill_before_every_rename, image_folder, tmp_path, views=views)
 
 
 def kills_while_appending(runs, images, work):

@@ -21,7 +21,8 @@ class DiffusionImageProcessor(PilBackend):
         from .pipeline import preprocess_images
 
         pixel_values = preprocess_images(images, self.size, crop=self.crop, resample=self.resample)
-        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+        # as tensors they are made: to look for what is none takes time at every image
+        return BatchFeature({"pixel_values": pixel_values}, None if return_tensors == "pt" else return_tensors)
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         return self.preprocess(images, *args, **kwargs)
