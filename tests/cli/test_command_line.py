@@ -257,14 +257,15 @@ def test_a_report_with_maps_positions_and_a_sweep(store: Path, tmp_path: Path) -
     sae, positions, report = (str(tmp_path / name) for name in ("sae", "positions", "report"))
     assert main(["train", str(store), "--output-dir", sae, "--k", "4", "--max-steps", "5"]) == 0
     extract = ["extract", "fashion-mnist-mini", positions, "--pooling", "tokens", "--limit", "60"]
-    assert main([*extract, "--layers", "bottleneck", "up_ft1", "--timesteps", "50", "300"]) == 0
+    assert main([*extract, "--layers", "bottleneck", "up_ft0", "up_ft1", "--timesteps", "50", "300"]) == 0
     shown = ["--map", "pca", "umap", "tsne", "--positions", positions, "--sweep", str(SWEEP)]
     assert main(["report", sae, str(store), "fashion-mnist-mini", report, *shown]) == 0
     (data,) = tmp_path.glob("report/files-*/data/report.js")
     (_, written, _) = json.loads(f"[{data.read_text().removeprefix('report(').removesuffix(');' + chr(10))}]")
     content = written["text"]
     assert content["maps"] == ["PCA of the features", "UMAP of the features", "TSNE of the features"]
-    assert (content["pca"]["layers"], content["pca"]["timesteps"]) == (["bottleneck", "up_ft1"], [50, 300])
+    # the bottleneck has one position, and so no picture
+    assert (content["pca"]["layers"], content["pca"]["timesteps"]) == (["up_ft0", "up_ft1"], [50, 300])
     best = json.loads((SWEEP / "sweep.json").read_text())["best"][0]
     assert [best["layer"], best["timestep"]] in [grid["chosen"] for grid in content["grids"]]
 

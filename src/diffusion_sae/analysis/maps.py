@@ -172,7 +172,8 @@ def colour_maps(
     with the layer and timestep before, so that colours do not turn without need.
 
     Args:
-        features: extracted with pooling="tokens" or "none": a store, or a set for each (layer, timestep).
+        features: extracted with pooling="tokens" or "none": a store, or a set for each (layer, timestep). Of a store
+            layers with one position an image are left out.
         images: which images to colour, by number.
         fit_images: images that the components are fitted over.
         seed: of which these are.
@@ -181,7 +182,8 @@ def colour_maps(
         ValueError: for features that are not of a square grid of positions, and images that are not there.
     """
     if isinstance(features, FeatureStore):
-        features = {(layer, t): features.select(layer, t) for layer in features.layers for t in features.timesteps}
+        every = {(layer, t): features.select(layer, t) for layer in features.layers for t in features.timesteps}
+        features = {cell: own for cell, own in every.items() if own.positions_per_image > 1} or every
     maps: dict[tuple[str, int], ColourMaps] = {}
     before: Tensor | None = None
     for cell, own in features.items():
