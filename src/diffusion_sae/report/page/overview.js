@@ -13,6 +13,7 @@ export function Overview({ report, sae }) {
     ${report.bars.length > 0 && html`<section aria-labelledby="accuracy"><h2 id="accuracy">What the features know</h2>
       <p class="note">Accuracy of the same kind of probe on different features, on test images.</p><${Bars} bars=${report.bars} /></section>`}
     <section aria-labelledby="origin"><h2 id="origin">Where the features come from</h2>
+      ${Object.keys(sae.provenance).length === 0 && html`<p>The features do not say which extraction made them.</p>`}
       <dl class="provenance">${Object.entries(sae.provenance).map(([key, value]) => html`<dt>${key.replaceAll("_", " ")}</dt><dd><bdi>${value}</bdi></dd>`)}
         ${report.commands.length > 0 && html`<dt>made with</dt><dd>${report.commands.map((text) => html`<code>${text}</code> `)}</dd>`}</dl></section>`;
 }
