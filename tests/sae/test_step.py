@@ -1,6 +1,8 @@
 """The fused update against `backward()` and `torch.optim`, for everything that can be trained."""
 
 import dataclasses
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,21 @@ def test_gradients_that_are_kept_for_clipping_are_those_formed_twice(
     monkeypatch.setattr(step_module, "KEPT_GRADIENT_BYTES", 0)
     run(formed_twice, superposition(4 * ROWS))
     assert_same_state(kept, formed_twice, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name not in DENSE])
+def test_nothing_of_a_step_outlives_it(
+    activation: str, model: str, superposition: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its codes and gradients are megabytes, and a cycle through autograd's graph is one that nothing collects."""
+    step, noted = make_step(activation, model, **SETTINGS["everything"]), []
+    share = step.processes.share
+    monkeypatch.setattr(step.processes, "share", lambda given: share(noted.append(weakref.ref(given)) or given))
+    reports = run(step, superposition(2 * ROWS))
+    gc.collect()
+    assert len(reports) == len(noted) == 2
+    assert [of_step() for of_step in noted] == [None, None]
 
 
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name not in DENSE])

@@ -288,7 +288,8 @@ class DecodeRows(torch.autograd.Function):
             leaf, decoded = ctx.inner
             (to_acts,) = torch.autograd.grad(decoded, leaf, gradient, retain_graph=True)
         if ctx.collect is not None:
-            ctx.collect.W_dec.append((indices, acts, gradient))
+            # detached: with its graph, which has this node and so `collect`, it would be a cycle that nothing frees
+            ctx.collect.W_dec.append((indices, acts.detach(), gradient))
         elif ctx.needs_input_grad[2]:
             to_weights = ByLatent.of(indices, len(W_dec)).sums(acts, gradient)
         to_bias = (gradient.sum(0) if ctx.one_bias else gradient) if ctx.needs_input_grad[3] else None
