@@ -3,6 +3,7 @@
 import http.client
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -277,13 +278,19 @@ DROP = """() => {
 
 def test_the_command_serves_until_it_is_stopped(made: Made) -> None:
     command = [sys.executable, "-m", "diffusion_sae.cli.main", "browse", str(made.folder), "--json"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     assert process.stderr
     url = process.stderr.readline().split()[0]
     connection = http.client.HTTPConnection(url.removeprefix("http://").rstrip("/"), timeout=30)
     connection.request("GET", "/")
     assert b"diffusion-sae-browse" in connection.getresponse().read()
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert json.loads(out) == {"url": url}
