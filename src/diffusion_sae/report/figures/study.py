@@ -134,8 +134,8 @@ def _label_row(axes: Sequence["Axes"], row: int, ticks: Sequence[int], settings:
     if row == 0 and min(ticks) < settings["d_in"] < max(ticks):
         axes[0].axvline(settings["d_in"], color="#888888", linewidth=0.9, linestyle=":", zorder=1)
         axes[0].annotate(
-            f"d_in = {settings['d_in']}", (settings["d_in"], 0.02), xycoords=("data", "axes fraction"),
-            fontsize=SMALL, rotation=90, ha="right", va="bottom", color="#555555",
+            f"d_in = {settings['d_in']}", (settings["d_in"], 0.98), xycoords=("data", "axes fraction"),
+            xytext=(-4, 0), textcoords="offset points", fontsize=SMALL, ha="right", va="top", color="#555555",
         )  # fmt: skip
 
 
