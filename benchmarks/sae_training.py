@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 import torch
-from machine import machine
+from machine import command, machine
 
 from diffusion_sae._files import read_json, write_json
 
@@ -159,8 +159,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def profile(shapes: Sequence[str], device: str, out: Path) -> None:
     """Seconds of each operator of one step, without those that it called."""
-    command = f"python benchmarks/sae_training.py --profile {out}"
-    results: dict[str, Any] = {"machine": machine() | {"command": command}, "shapes": {}}
+    results: dict[str, Any] = {"machine": machine() | {"command": command()}, "shapes": {}}
     for text in shapes:
         client = Client("ours")
         client.setup(Shape.parse(text), device)
@@ -182,8 +181,7 @@ def main() -> None:
     results: dict[str, Any] = {"shapes": {}, "memory": {}, "contenders": {}}
     if args.out.is_file():
         results = read_json(args.out)
-    command = f"python benchmarks/sae_training.py --rounds {args.rounds} --contenders {' '.join(args.contenders)}"
-    here = machine() | {"rounds": args.rounds, "device": args.device, "command": command}
+    here = machine() | {"rounds": args.rounds, "device": args.device, "command": command()}
     print(json.dumps(here), flush=True)
     with ExitStack() as stack:
         clients = [Client(name) for name in args.contenders] if args.shapes else []

@@ -45,6 +45,13 @@ def test_help_takes_less_than_a_second() -> None:
     assert min(seconds) < 1
 
 
+def test_maps_are_those_of_the_library() -> None:
+    from diffusion_sae.analysis import maps
+    from diffusion_sae.cli import report
+
+    assert report.METHODS == maps.METHODS
+
+
 def test_options_are_the_fields_of_the_configs() -> None:
     import dataclasses
 

@@ -106,6 +106,15 @@ def test_weights_that_are_not_whole_are_refused_there_too(without: tuple[dict, s
     assert "missing_keys: ['W_enc', 'b_dec', 'b_enc'" in without[1]
 
 
+def test_the_config_that_stands_alone_has_the_fields_of_the_librarys() -> None:
+    """All but the origin of a conversion; the defaults too, as a config may leave them out."""
+    names = set(KSparseAutoencoderConfig.__annotations__) - {"model_type", "required_keys", "converted_from"}
+    alone = set(remote_code.KSparseAutoencoderConfig.__annotations__) - {"model_type"}
+    assert alone == names
+    for name in names - {"d_in"}:  # which the library asks for
+        assert getattr(remote_code.KSparseAutoencoderConfig, name) == getattr(KSparseAutoencoderConfig, name), name
+
+
 class TestWithThePackage:
     def test_its_own_class_is_loaded_and_nothing_is_asked(self, tmp_path: Path) -> None:
         make("topk").save_pretrained(tmp_path, export_code=True)

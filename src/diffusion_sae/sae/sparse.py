@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-SCORE_BYTES = {"cpu": 2**27}  # smaller blocks slow the product down: 7 % at 32 MB, 8,192 rows × 640, 10,240 latents
+SCORE_BYTES = {"cpu": 2**27}  # in much smaller blocks the product is slower
 OTHER_SCORE_BYTES = 2**28
 PART_BYTES = 2**20
 
