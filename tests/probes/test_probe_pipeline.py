@@ -8,6 +8,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, pipeline
+from transformers.pipelines import ImageClassificationPipeline
+from transformers.pipelines.image_classification import ClassificationFunction
 
 from diffusion_sae import (
     DiffusionFeatureExtractor,
@@ -157,6 +160,39 @@ def test_functions_of_the_logits(
         assert scores_of(answer) == pytest.approx(scores.tolist(), abs=1e-5)
     with pytest.raises(ValueError, match="mean is not a valid ClassificationFunction"):
         classify(images[0], function_to_apply="mean")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [None, *ClassificationFunction])
+@pytest.mark.parametrize(
+    ("problem_type", "num_labels"),
+    [
+        (None, 3),
+        ("single_label_classification", 3),
+        ("multi_label_classification", 1),
+        ("multi_label_classification", 3),
+        ("regression", 1),
+    ],
+)
+def test_scores_are_those_of_transformers(
+    classify: DiffusionProbePipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    problem_type: str | None,
+    num_labels: int,
+    function: ClassificationFunction | None,
+    dtype: torch.dtype,
+) -> None:
+    config = DiffusionProbeConfig(
+        d_in=4, id2label={i: f"label {i}" for i in range(num_labels)}, problem_type=problem_type
+    )
+    monkeypatch.setattr(classify, "model", SimpleNamespace(config=config))
+    outputs = {"logits": torch.tensor([[0.5, -2.0, 1.5]], dtype=dtype)[:, :num_labels]}
+    for top_k in (1, 2, 5):
+        given: Any = {"function_to_apply": function, "top_k": top_k}
+        expected = ImageClassificationPipeline.postprocess(classify, dict(outputs), **given)
+        answer = classify.postprocess(outputs, **given)
+        assert [entry["label"] for entry in answer] == [entry["label"] for entry in expected]
+        assert [entry["score"] for entry in answer] == pytest.approx([entry["score"] for entry in expected], rel=1e-6)
 
 
 def test_half_precision_and_a_device_by_name(
