@@ -82,13 +82,23 @@ class TrainingStep:
             processes.gather(report.top_indices),
         )
         self.rows_since_active += len(batch) * processes.batch_shares
-        self.rows_since_active[report.top_indices[report.top_acts != 0]] = 0
+        self.rows_since_active.masked_fill_(self._active(report), 0)
         if self.args.dead_latent_boost:
             with torch.no_grad():
                 self.sae.b_enc.add_(self.dead[self.sae.held], alpha=self.args.dead_latent_boost * learning_rate)
         if self.sae.config.activation == "batchtopk":
             self.sae.update_threshold_(report.top_acts)
         return report
+
+    def _active(self, report: StepReport) -> Tensor:
+        """(num_latents,) whether a latent is active in some row of the step."""
+        pairs = (report.top_acts != 0).to(torch.int32).flatten()
+        return (
+            torch.zeros_like(self.rows_since_active, dtype=torch.int32).index_add_(
+                0, report.top_indices.flatten(), pairs
+            )
+            > 0
+        )
 
     def _average_gradients(self) -> None:
         """Of the processes; those of the weights are not formed yet where the update is fused."""
