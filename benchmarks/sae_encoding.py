@@ -25,7 +25,7 @@ from diffusion_sae._files import read_json, write_json
 from diffusion_sae.features import FeatureSet, StoreWriter
 from diffusion_sae.features.columns import StringColumn
 from diffusion_sae.provenance import Provenance
-from diffusion_sae.sae.sparse import row_block
+from diffusion_sae.sae.selection import row_block
 
 KEY = ("up_ft1", 25)
 SHARD_IMAGES = 16_384

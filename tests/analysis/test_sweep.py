@@ -9,12 +9,19 @@ import pytest
 import torch
 from datasets import Dataset
 
-from diffusion_sae import Sweep, SweepConfig
+from diffusion_sae import (
+    DiffusionProbe,
+    DiffusionProbeConfig,
+    ProbeTrainer,
+    ProbeTrainingArguments,
+    Sweep,
+    SweepConfig,
+)
 from diffusion_sae.analysis.sweep import fits, run
 from diffusion_sae.analysis.sweep.data import open_splits, subset_of, tasks, texts_of
 from diffusion_sae.analysis.sweep.results import SweepResults
 from diffusion_sae.analysis.sweep.specs import HeadSpec, PromptSpec
-from diffusion_sae.features import FeatureStore
+from diffusion_sae.features import FeatureSet, FeatureStore
 from diffusion_sae.zoo import embedded_images
 
 KIND = {
@@ -182,6 +189,52 @@ def test_heads_that_are_trained_step_by_step(tmp_path: Path) -> None:
         assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-2)
 
 
+@pytest.mark.parametrize("validation", ["validation", None])
+def test_heads_that_are_trained_in_epochs_take_views(tmp_path: Path, validation: str | None) -> None:
+    """The fits are ProbeTrainer's own with the views of the store; other heads and splits know nothing of them."""
+    mlp = {"head": "mlp", "width": 8, "num_train_epochs": 3, "learning_rate": 1e-2}
+    grid: dict[str, Any] = {"layers": ("bottleneck",), "timesteps": (25,), "heads": ("linear", mlp), "limit": 40}
+    grid |= {"baselines": (), "validation_split": validation}
+    result = sweep(tmp_path / "views", **grid, views=2, view_flip=False)
+    sweep(tmp_path / "plain", **grid)
+    (folder,) = (tmp_path / "views" / "features").iterdir()
+    stores = {path.name: FeatureStore(path) for path in folder.iterdir()}
+    assert {name: store.num_views for name, store in stores.items()} == dict.fromkeys(stores, 0) | {"train": 2}
+    (record,) = result["extractions"].values()
+    assert (record["views"], record["view_flip"]) == (2, False)
+    assert record["fingerprint"] == stores["train"].provenance.fingerprint
+    rows, plain = table(tmp_path / "views"), table(tmp_path / "plain")
+    assert rows[:2] == plain[:2], "linear probes are fitted on plain images"
+    assert [row["validation_loss"] for row in rows[2:]] != [row["validation_loss"] for row in plain[2:]]
+
+    settings = config(tmp_path, **grid)
+    (task,) = tasks(settings, open_splits(settings))
+    own = task.rows["train"][subset_of(len(task.rows["train"]), 0.9, 1)]
+    features, *views = (stores["train"].select("bottleneck", 25, view=view).to_tensor()[own] for view in range(3))
+    labels = torch.tensor([label for label in open_splits(settings)["train"].labels if label is not None])
+    held = stores[task.split_of["validation"]].select("bottleneck", 25).to_tensor()[task.rows["validation"]]
+    probe = DiffusionProbe(
+        DiffusionProbeConfig(
+            d_in=features.shape[1], head="mlp", width=8, init_seed=1, id2label=dict(enumerate("0123456789"))
+        )
+    )
+    trained = ProbeTrainer(
+        probe,
+        FeatureSet([features], labels=labels[own]),
+        ProbeTrainingArguments(output_dir=str(tmp_path / "probe"), seed=1, num_train_epochs=3, learning_rate=1e-2),
+        validation_features=FeatureSet([held], labels=task.labels["validation"]),
+        views=[FeatureSet([view]) for view in views],
+    ).fit(progress=False)
+    assert rows[3]["validation_loss"] == pytest.approx(trained.validation.loss, rel=1e-6)
+
+
+def test_views_that_no_head_takes_are_not_extracted(tmp_path: Path) -> None:
+    grid = {"layers": ("bottleneck",), "timesteps": (25,), "baselines": ()}
+    sweep(tmp_path, **grid, views=2)
+    (store,) = (FeatureStore(path) for path in (tmp_path / "features").glob("*/train"))
+    assert store.num_views == 0
+
+
 def test_features_that_are_not_kept(tmp_path: Path) -> None:
     grid = {"layers": ("bottleneck",), "baselines": ("shuffled",)}
     kept, dropped = sweep(tmp_path / "kept", **grid), sweep(tmp_path / "dropped", **grid, keep_features=False)
@@ -233,6 +286,8 @@ def test_prompts_of_a_class(tmp_path: Path) -> None:
         ({"models": ({"model": "tiny-sd", "timesteps": [1000]},)}, "in 0…999, got 1000"),
         ({"prompts": ({"prompt": "a photo", "of": "own"},)}, r"do not fit: a template has \{\}"),
         ({"weights": ("fresh",)}, "weights must be one of 'trained', 'random'"),
+        ({"views": -1}, "views must be an integer ≥ 0, got -1"),
+        ({"view_flip": False}, "view_flip is of views, of which there are none"),
         ({"seeds": ()}, "seeds must name at least one"),
         ({"seeds": (1, 1)}, "seeds must not repeat"),
         ({"train_fraction": 0}, "train_fraction must be a number > 0"),

@@ -43,6 +43,15 @@ def test_features_that_are_not_kept_need_the_disk_of_one_timestep(tmp_path: Path
     assert kept["cells"] == dropped["cells"]
 
 
+def test_views_are_counted_where_a_head_takes_them(tmp_path: Path) -> None:
+    plain, unused, used = (
+        plan(config(tmp_path, limit=50, heads=heads, **views))
+        for heads, views in ((("mlp",), {}), (("linear",), {"views": 3}), (("linear", "mlp"), {"views": 3}))
+    )
+    assert unused["disk_bytes"] == plain["disk_bytes"]
+    assert used["disk_bytes"] == 2 * plain["disk_bytes"]  # 150 images, and 3 views of 50 of them
+
+
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     planned = plan(config(tmp_path, models=("owner/unknown",), dataset="owner/images", heads=("diff-c",)))
     assert planned["images"] == {"train": None, "validation": None, "test": None}

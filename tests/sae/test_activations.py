@@ -8,7 +8,8 @@ from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig
 from diffusion_sae.sae import activations
 from diffusion_sae.sae.activations import JumpReLU, Step, batch_top_k
 from diffusion_sae.sae.losses import l0_penalty, l1_penalty
-from diffusion_sae.sae.sparse import SparseGradients, encode_top_k
+from diffusion_sae.sae.selection import encode_top_k
+from diffusion_sae.sae.sparse import SparseGradients
 
 D_IN, NUM_LATENTS, K = 6, 40, 3
 

@@ -280,6 +280,18 @@ class DiffusionFeatureExtractor:
         narrowed._module_paths = {layer: self._module_paths[layer]}
         return narrowed
 
+    def with_views(self, views: int, **settings: Any) -> Self:
+        """The same model and extraction, with so many augmented views of each image beside the plain one.
+
+        Args:
+            views: of a store's images; 0: none.
+            settings: `view_area` and `view_flip`, as in ExtractorConfig.
+        """
+        changed = copy.copy(self)
+        changed.provenance = dataclasses.replace(self.provenance.plain(), views=views, **settings)
+        changed.config = changed.provenance.settings
+        return changed
+
     def stream(
         self, dataset: Any, layer: str, timestep: int | Sequence[int], *, batch_size: int, **options: Any
     ) -> OnTheFlyFeatures:

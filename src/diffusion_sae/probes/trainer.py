@@ -12,7 +12,7 @@ from ..features.aligned import same_images
 from ..provenance import require_same_provenance
 from .epochs import fit_adamw
 from .examples import Examples, Features, Views
-from .heads.base import Batches
+from .heads.base import Batches, Head
 from .modeling import DiffusionProbe
 from .paths import fit_fista, fit_lbfgs, fit_memory
 from .processes import ProbeProcesses
@@ -28,6 +28,21 @@ FITS: dict[str, Callable[[Run], ProbeTrainingResult]] = {
 }
 # what the training itself sets
 SET_BY_TRAINING = ("num_rows", "num_neighbors")
+
+
+def optimizer_of(head: type[Head], wanted: str) -> str:
+    """What a head is trained by, "none" if by no optimizer; raises ValueError for one that it does not have."""
+    own, name = head.optimizers, head.name
+    if wanted == "auto":
+        return own[0] if own else "none"
+    if wanted not in own:
+        if wanted == "lbfgs" and own == ("adamw",):
+            raise ValueError(
+                f"lbfgs is for the linear head, whose problem is convex; use optimizer='adamw' for {name}."
+            )
+        trained = f"trained by {' or '.join(own)}" if own else "not trained by an optimizer"
+        raise ValueError(f"The head {name} is {trained}, got optimizer={wanted!r}. Use optimizer='auto'.")
+    return wanted
 
 
 class ProbeTrainer:
@@ -80,23 +95,9 @@ class ProbeTrainer:
             self.train_rows, rows = torch.arange(len(self.examples)), torch.arange(len(held_out))
         self.validation: tuple[Features, Tensor] = (held_out.batch(rows), labels[rows])
         self.views = self._required_views(views, allow_mismatch)
-        self.optimizer_name = self._optimizer()
+        self.optimizer_name = optimizer_of(type(self.probe.head), args.optimizer)
         self._refuse_unused_options()
         self.class_weights = class_weights_of(args, probe, self.labels[self.train_rows])
-
-    def _optimizer(self) -> str:
-        own, wanted = self.probe.head.optimizers, self.args.optimizer
-        if wanted == "auto":
-            return own[0] if own else "none"
-        if wanted not in own:
-            name = self.probe.head.name
-            if wanted == "lbfgs" and own == ("adamw",):
-                raise ValueError(
-                    f"lbfgs is for the linear head, whose problem is convex; use optimizer='adamw' for {name}."
-                )
-            trained = f"trained by {' or '.join(own)}" if own else "not trained by an optimizer"
-            raise ValueError(f"The head {name} is {trained}, got optimizer={wanted!r}. Use optimizer='auto'.")
-        return wanted
 
     def _refuse_unused_options(self) -> None:
         """What would be ignored without a word."""

@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .sparse import Encode, SparseGradients, encode_top_k
+from .selection import encode_top_k
+from .sparse import Encode, SparseGradients
 
 
 def batch_top_k(

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .sparse import pad_rows
+from .selection import pad_rows
 
 
 class SparseCode(NamedTuple):

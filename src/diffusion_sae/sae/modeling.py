@@ -24,7 +24,8 @@ from .initialisation import initial_weights
 from .latent_table import DescribedLatents
 from .losses import auxk_loss, l0_penalty, l1_penalty, normalized_mse, total_variance
 from .rows import Rows, Timesteps, checked_features, timestep_index
-from .sparse import Choose, DecodeRows, Encode, NormalizedMSE, SparseGradients, encode_above, encode_top_k
+from .selection import encode_above, encode_top_k
+from .sparse import Choose, DecodeRows, Encode, NormalizedMSE, SparseGradients
 
 INITIAL_THRESHOLD = 0.001  # of a JumpReLU (Rajamanoharan et al. 2024, §5), for rows of about unit length
 

@@ -25,7 +25,8 @@ from .initialisation import initial_shard
 from .modeling import KSparseAutoencoder
 from .processes import PER_LATENT, SAEProcesses, ShardProcesses
 from .rows import Rows, Timesteps
-from .sparse import Choose, encode_top_k
+from .selection import encode_top_k
+from .sparse import Choose
 from .training_args import SAETrainingArguments
 
 

@@ -57,6 +57,11 @@ class SweepConfig(JsonConfig):
     """Seeds of the extraction: of the noise, and of random weights."""
     train_fraction: float | int = 0.9
     """Share of the training images that a seed draws."""
+    views: int = 0
+    """Augmented views of each training image, one of which heads that are trained in epochs take in each epoch
+    (Revelio's crop and flip); the others take plain images."""
+    view_flip: bool = True
+    """Whether half of the views are mirrored."""
     baselines: tuple[str, ...] = ("pixels", "latents", "shuffled")
     """pixels, latents (of the VAE, without noise), and shuffled (labels, at the best cell of each model)."""
     baseline_size: int = 32
@@ -96,6 +101,9 @@ class SweepConfig(JsonConfig):
             check_integer("limit", self.limit, 1)
         check_choice("store_dtype", self.store_dtype, (None, *DTYPES))
         check_choice("keep_features", self.keep_features, (True, False))
+        check_integer("views", self.views, 0)
+        check_choice("view_flip", self.view_flip, (True, False))
+        check(self.views > 0 or self.view_flip, "view_flip is of views, of which there are none: set views.")
         for parsed in (self.model_specs, self.head_specs, self.label_specs):
             distinct_names(parsed)
 

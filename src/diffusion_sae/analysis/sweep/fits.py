@@ -3,7 +3,7 @@
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ...features import FeatureSet
-from ...probes.configuration import HEADS, DiffusionProbeConfig
+from ...probes.configuration import DiffusionProbeConfig
+from ...probes.heads import HEADS
 from ...probes.modeling import DiffusionProbe
 from ...probes.results import ProbeMetrics
 from ...probes.run import measure
 from ...probes.subsets import fit_subsets
 from ...probes.tasks import SingleLabel
-from ...probes.trainer import ProbeTrainer
+from ...probes.trainer import ProbeTrainer, optimizer_of
 from ...probes.training_args import ProbeTrainingArguments
 from ...provenance import Provenance
 from .cells import SeedResult, pack
@@ -64,12 +65,19 @@ def check_head(head: HeadSpec) -> None:
     ProbeTrainingArguments(output_dir="unused", **training)
 
 
+def takes_views(head: HeadSpec) -> bool:
+    """Whether a head is trained in epochs, each of which can take another view of an image."""
+    _, training = probe_options(head)
+    return optimizer_of(HEADS[head.head], ProbeTrainingArguments(output_dir="unused", **training).optimizer) == "adamw"
+
+
 def fit_cell(
     features: Mapping[str, Tensor],
     task: Task,
     head: HeadSpec,
     config: SweepConfig,
     *,
+    views: Sequence[Tensor] = (),
     provenance: Provenance | None,
     work: Path,
 ) -> list[SeedResult]:
@@ -79,6 +87,7 @@ def fit_cell(
         features: rows of each split of its own, one an image.
         task: which of them are of which role, and their classes.
         head, config: what is fitted.
+        views: of all images of the training split, for a head that takes them.
         provenance: the extraction, for probes that are checkpointed while they train.
         work: folder for these checkpoints; removed when the cell is done.
     """
@@ -86,7 +95,8 @@ def fit_cell(
     probe, training = probe_options(head)
     if head.head == "linear" and not probe and set(training) <= {"l2_path"}:
         return _fit_linear(roles, task, training, config)
-    results = [_train(roles, task, head, seed, config, provenance, work / str(seed)) for seed in config.seeds]
+    views = [view[task.rows["train"]] for view in views]
+    results = [_train(roles, views, task, head, seed, config, provenance, work / str(seed)) for seed in config.seeds]
     shutil.rmtree(work, ignore_errors=True)
     return results
 
@@ -130,6 +140,7 @@ def _fit_linear(roles: Mapping[str, Tensor], task: Task, training: dict, config:
 
 def _train(
     roles: Mapping[str, Tensor],
+    views: Sequence[Tensor],
     task: Task,
     head: HeadSpec,
     seed: int,
@@ -160,7 +171,8 @@ def _train(
     if config.device is not None:
         probe.to(config.device)
     args = ProbeTrainingArguments(output_dir=str(work), seed=seed, **training)
-    result = ProbeTrainer(probe, train, args, validation_features=validation).fit(progress=False)
+    of_own = [FeatureSet([view[own]], provenance=provenance) for view in views]
+    result = ProbeTrainer(probe, train, args, validation_features=validation, views=of_own).fit(progress=False)
     measured = "test" if "test" in roles else "validation"
     logits = {measured: probe.predict(roles[measured])}
     return _result(seed, result.validation, logits, task, dict(result.chosen), time.perf_counter() - started)

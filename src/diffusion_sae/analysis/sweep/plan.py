@@ -144,19 +144,19 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     flops = _matmul_flops()
     costs = {spec.name: _cost(spec, config, flops) for spec in config.model_specs}
     sources = sources_of(config, class_names or None)
-    entries = [_entry(source, costs[source.model.name], images, config) for source in sources]
+    training = counts["train"] or 0
+    entries = [_entry(source, costs[source.model.name], images, training, config) for source in sources]
     cells = sum(entry["cells"] for entry in entries)
     fits = cells * len(config.seeds)
     linear = [head for head in config.head_specs if head.head == "linear"]
     fit_seconds = None
     if images is not None and len(linear) == len(config.head_specs):
         classes = len(class_names) or 100
-        train = counts["train"] or 0
         fit_seconds = sum(
             len(source.timesteps)
             * len(config.label_specs)
             * len(linear)
-            * _fit_seconds(costs[source.model.name], train, classes, config, flops)
+            * _fit_seconds(costs[source.model.name], training, classes, config, flops)
             for source in sources
         )
     return {
@@ -179,9 +179,12 @@ def _total(values: Sequence[float | None], *, most: bool = False) -> float | Non
     return (max(known) if most else sum(known)) if len(known) == len(values) else None
 
 
-def _entry(source: Source, cost: ModelCost, images: int | None, config: SweepConfig) -> dict[str, Any]:
+def _entry(source: Source, cost: ModelCost, images: int | None, training: int, config: SweepConfig) -> dict[str, Any]:
+    """`training` images of the `images` have views."""
     dtype = config.store_dtype or source.model.extraction.get("dtype", "float32")
     numbers = _stored_numbers(cost, source.pooling) * len(source.timesteps)
+    if images is not None:
+        images += source.views.get("views", 0) * training
     pairs = 2 if source.prompt.extraction.get("classifier_free_pair") else 1
     seconds = None
     if images is not None and cost.forward_seconds is not None and cost.encode_seconds is not None:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .baselines import baseline_features
 from .cells import Cell, CellResult, path_of
 from .config import SweepConfig
 from .data import Task, open_splits, tasks
-from .fits import check_head, fit_cell
+from .fits import check_head, fit_cell, takes_views
 from .margins import best_cells, best_of, model_groups
 from .observations import observations
 from .results import RESULTS, SUMMARY, write_table
@@ -65,7 +66,7 @@ class Sweep:
             results += [CellResult.read(path) for path in self._fit_shuffled(results, extractions)]
         return self._write(results)
 
-    def _file(self, cell: Cell, head: HeadSpec, task: Task, settings: Any) -> Path:
+    def _file(self, cell: Cell, head: HeadSpec, task: Task, settings: Any, views: dict[str, Any] | None = None) -> Path:
         config = self.config
         decides = {
             "head": dataclasses.asdict(head),
@@ -74,6 +75,7 @@ class Sweep:
             "seeds": list(config.seeds),
             "train_fraction": config.train_fraction,
             "dataset": [config.dataset, config.splits, config.limit],
+            **(views if views and takes_views(head) else {}),
         }
         return path_of(self.folder, cell, decides)
 
@@ -90,7 +92,7 @@ class Sweep:
                     cell = Cell(
                         "cell", **source.describe(), layer=layer, timestep=timestep, head=head.name, label=task.name
                     )
-                    yield cell, head, task, self._file(cell, head, task, self._settings(source))
+                    yield cell, head, task, self._file(cell, head, task, self._settings(source), source.views)
 
     def _fit_source(self, source: Source, extractions: Extractions, bar: tqdm) -> list[Path]:
         planned = list(self._planned(source))
@@ -99,12 +101,12 @@ class Sweep:
         if missing or not self._record(source).exists():
             stores = extractions.stores(source)
             self._remember(source, stores)
-            loaded: tuple[Any, dict[str, Tensor]] = (None, {})
+            loaded: tuple[Any, _Loaded] = (None, _Loaded({}))
             for cell, head, task, path in missing:
                 bar.set_postfix_str(f"{cell.model} {cell.layer} t={cell.timestep}")
-                key = (cell.layer, cell.timestep, head.pooling)
+                key = (cell.layer, cell.timestep, head.pooling, takes_views(head))
                 if loaded[0] != key:
-                    loaded = (key, {role: features_of(store, *key) for role, store in stores.items()})
+                    loaded = (key, _load(stores, cell.layer, cell.timestep, head))
                 record = self.records[source.folder_name].select(cell.layer, cell.timestep)
                 self._fit(cell, head, task, path, loaded[1], record)
                 bar.update()
@@ -115,7 +117,7 @@ class Sweep:
     def _remember(self, source: Source, stores: dict[str, FeatureStore]) -> None:
         record = provenance_of(list(stores.values()))
         self.records[source.folder_name] = record
-        write_json(self._record(source), record.to_dict())
+        write_json(self._record(source), stores["train"].provenance.to_dict())  # this one has the views
 
     def _record(self, source: Source) -> Path:
         return self.folder / "sources" / f"{source.folder_name}.json"
@@ -126,27 +128,28 @@ class Sweep:
         head: HeadSpec,
         task: Task,
         path: Path,
-        features: dict[str, Tensor],
+        loaded: "_Loaded",
         record: Provenance | None,
     ) -> None:
-        seeds = fit_cell(features, task, head, self.config, provenance=record, work=self.folder / "work" / path.stem)
+        work = self.folder / "work" / path.stem
+        seeds = fit_cell(loaded.features, task, head, self.config, views=loaded.views, provenance=record, work=work)
         rows = {role: len(index) for role, index in task.rows.items()}
         rows["train"] = round(self.config.train_fraction * rows["train"])
-        CellResult(cell, task.num_labels, rows, features["train"][0].numel(), seeds).write(path)
+        CellResult(cell, task.num_labels, rows, loaded.features["train"][0].numel(), seeds).write(path)
 
     def _fit_inputs(self) -> list[Path]:
         """Baselines on what goes into the denoiser, with a linear head."""
         head, paths = HeadSpec.parse("linear"), []
         for kind in ("pixels", "latents"):
             for model in self.config.model_specs if kind in self.config.baselines else ():
-                features: dict[str, Tensor] | None = None
+                loaded: _Loaded | None = None
                 for task in self.tasks:
                     cell = Cell(kind, model.name, "trained", 0, "", "", "", -1, head.name, task.name)
                     settings = [model.model, model.extraction, self.config.baseline_size]
                     path = self._file(cell, head, task, settings)
                     if not path.exists():
-                        features = features or baseline_features(kind, model, self.config, self.images)
-                        self._fit(cell, head, task, path, features, None)
+                        loaded = loaded or _Loaded(baseline_features(kind, model, self.config, self.images))
+                        self._fit(cell, head, task, path, loaded, None)
                     paths.append(path)
         return paths
 
@@ -164,11 +167,10 @@ class Sweep:
             (task,) = [t for t in self.tasks if t.name == best.label]
             cell = dataclasses.replace(best, kind="shuffled")
             task = task.shuffled(self.config.seeds[0])
-            path = self._file(cell, head, task, self._settings(source))
+            path = self._file(cell, head, task, self._settings(source), source.views)
             if not path.exists():
-                stores = extractions.stores(source)
-                features = {r: features_of(s, best.layer, best.timestep, head.pooling) for r, s in stores.items()}
-                self._fit(cell, head, task, path, features, None)
+                loaded = _load(extractions.stores(source), best.layer, best.timestep, head)
+                self._fit(cell, head, task, path, loaded, None)
                 if not self.config.keep_features:
                     extractions.remove(source)
             paths.append(path)
@@ -187,6 +189,22 @@ class Sweep:
         write_json(self.folder / SUMMARY, content)
         logger.info("%d fits in %s", content["fits"], self.folder / RESULTS)
         return content
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """The features of a cell."""
+
+    features: dict[str, Tensor]
+    """Rows of each role that has a split."""
+    views: list[Tensor] = field(default_factory=list)
+    """Of the training images, for a head that takes them."""
+
+
+def _load(stores: dict[str, FeatureStore], layer: str, timestep: int, head: HeadSpec) -> _Loaded:
+    features = {role: features_of(store, layer, timestep, head.pooling) for role, store in stores.items()}
+    views = range(1, stores["train"].num_views + 1) if takes_views(head) else ()
+    return _Loaded(features, [features_of(stores["train"], layer, timestep, head.pooling, view) for view in views])
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ...features import FeatureStore
 from ...provenance import ExtractorConfig, Provenance
 from .config import SweepConfig
 from .data import texts_of
+from .fits import takes_views
 from .specs import ModelSpec, PromptSpec
 
 
@@ -30,10 +31,12 @@ class Source:
     prompt: PromptSpec
     timesteps: tuple[int, ...]
     pooling: str
+    views: dict[str, Any] = field(default_factory=dict)
+    """Further settings of the training images' extraction, where a head takes augmented views of them."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of ExtractorConfig."""
+        """Of ExtractorConfig, of plain images."""
         prompt = self.prompt
         extraction = {**self.model.extraction, **prompt.extraction, "prompt": prompt.prompt}
         if prompt.of is not None:
@@ -50,7 +53,7 @@ class Source:
     @property
     def folder_name(self) -> str:
         """Readable, and of its own for each extraction: names are shortened, so that a hash tells them apart."""
-        settings = ExtractorConfig(model=self.model.model, **self.settings).to_dict()
+        settings = ExtractorConfig(model=self.model.model, **self.settings, **self.views).to_dict()
         parts = (self.model.name, self.weights, self.prompt.name, f"draw{self.draw}")
         named = "-".join(re.sub(r"[^\w.]+", "-", part).strip("-")[:24] for part in parts)
         return f"{named}-{fingerprint_of(settings | {'of': self.prompt.of})[:8]}"
@@ -74,11 +77,26 @@ def pooling_of(config: SweepConfig) -> str:
     return "none" if "none" in wanted else "tokens"
 
 
+def views_of(config: SweepConfig) -> dict[str, Any]:
+    """Settings of the training images' extraction; no views where no head would take them."""
+    if not config.views or not any(takes_views(head) for head in config.head_specs):
+        return {}
+    return {"views": config.views, "view_flip": config.view_flip}
+
+
 def sources_of(config: SweepConfig, class_names: Sequence[str] | None = None) -> list[Source]:
     """All extractions, in the order in which they are made; `class_names` fill the choices of CLIP's prompts."""
-    pooling = pooling_of(config)
+    pooling, views = pooling_of(config), views_of(config)
     return [
-        Source(model, weights, draw, prompt.with_choices(class_names) if class_names else prompt, timesteps, pooling)
+        Source(
+            model,
+            weights,
+            draw,
+            prompt.with_choices(class_names) if class_names else prompt,
+            timesteps,
+            pooling,
+            views,
+        )
         for model in config.model_specs
         for weights in model.weights
         for draw in config.draws
@@ -99,12 +117,13 @@ class Extractions:
         """By role; a finished store is opened, an unfinished one gone on with."""
         if source.folder_name in self.opened:
             return self.opened[source.folder_name]
-        extractor = DiffusionFeatureExtractor.from_pretrained(
+        plain = DiffusionFeatureExtractor.from_pretrained(
             source.model.model, device=self.config.device, **source.settings
         )
         made = {}
         for role, images in self.images.items():
             texts = texts_of(source.prompt, images)
+            extractor = plain.with_views(**source.views) if role == "train" and source.views else plain
             made[role] = extractor.extract(
                 images,
                 self.folder / source.folder_name / role,
@@ -137,12 +156,12 @@ def cells_of(source: Source) -> Iterator[tuple[str, int]]:
 
 
 def provenance_of(stores: Sequence[FeatureStore]) -> Provenance:
-    """The one of all splits."""
-    (record,) = {store.provenance.fingerprint: store.provenance for store in stores}.values()
+    """The one of the plain images of all splits."""
+    (record,) = {record.fingerprint: record for record in (store.provenance.plain() for store in stores)}.values()
     return record
 
 
-def features_of(store: FeatureStore, layer: str, timestep: int, wanted: str) -> Tensor:
+def features_of(store: FeatureStore, layer: str, timestep: int, wanted: str, view: int = 0) -> Tensor:
     """All rows of a cell, in fp32, as a head takes them: one row an image."""
-    features = store.select(layer, timestep)
+    features = store.select(layer, timestep, view=view)
     return as_pooled(features.to_tensor(), store.provenance.pooling, wanted, features.positions_per_image)
