@@ -63,3 +63,14 @@ def test_speed_is_the_committed_result() -> None:
     models = json.loads((ROOT / "docs/results/extraction-speed.json").read_text())["models"]
     ratios = [measures[name]["ratio"] for measures in models.values() for name in ("overhead", "sweep")]
     assert f"{min(ratios):.2f} to {max(ratios):.2f} of the time of the bare modules" in README
+
+
+def test_training_speed_is_the_committed_result() -> None:
+    shapes = json.loads((ROOT / "docs/results/sae-training-speed.json").read_text())["shapes"].values()
+    seconds = [{name: c["median_seconds"] for name, c in shape["contenders"].items()} for shape in shapes]
+    over_limit = [shape["ours"] / shape["limit"] for shape in seconds]
+    others = [{n: s / shape["ours"] for n, s in shape.items() if n not in ("ours", "limit")} for shape in seconds]
+    assert {len(ratios) for ratios in others} == {6}  # sae-lens with both of its ways
+    fastest = [min(ratios.values()) for ratios in others]
+    assert f"takes {min(over_limit):.2f} to {max(over_limit):.2f} times as long as one product" in README
+    assert f"the fastest takes {min(fastest):.2f} to {max(fastest):.2f} times as long as ours" in README
