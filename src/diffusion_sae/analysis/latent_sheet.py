@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+from ..extraction.images import square
 from ..sae.latent_table import LatentTable
 
 IMAGES, SIDE, GAP, COLUMNS = 6, 72, 4, 2  # of a latent; pixels
@@ -52,8 +53,5 @@ def _draw(sheet: Image.Image, x: int, y: int, table: LatentTable, latent: int, r
     facts += [f"active in {record.density:.1%} of images", f"up to {record.max_activation:.3g}"]
     canvas.text((x, y + 20), "  ·  ".join(facts), FAINT, ImageFont.load_default(12))
     for number, image_id in enumerate(record.top_image_ids[:IMAGES]):
-        image = read(image_id).convert("RGB")
-        edge = min(image.size)
-        left, top = (image.width - edge) // 2, (image.height - edge) // 2
-        square = image.crop((left, top, left + edge, top + edge)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        sheet.paste(square, (x + number * (SIDE + GAP), y + CAPTION))
+        shown = square(read(image_id)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        sheet.paste(shown, (x + number * (SIDE + GAP), y + CAPTION))

@@ -42,6 +42,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def square(image: Image.Image) -> Image.Image:
+    """The middle square in RGB, of whole pixels."""
+    side, (width, height) = min(image.size), image.size
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.convert("RGB").crop((left, top, left + side, top + side))
+
+
 def load_image(source: Any, name: str | None = None) -> Image.Image:
     """One image, fully decoded, as RGB. Raises ImageError for what is broken or no image, naming its file or `name`."""
     if isinstance(source, dict) and {"bytes", "path"} & set(source):

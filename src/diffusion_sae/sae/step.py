@@ -92,13 +92,9 @@ class TrainingStep:
 
     def _active(self, report: StepReport) -> Tensor:
         """(num_latents,) whether a latent is active in some row of the step."""
-        pairs = (report.top_acts != 0).to(torch.int32).flatten()
-        return (
-            torch.zeros_like(self.rows_since_active, dtype=torch.int32).index_add_(
-                0, report.top_indices.flatten(), pairs
-            )
-            > 0
-        )
+        times = torch.zeros_like(self.rows_since_active, dtype=torch.int32)
+        pairs = (report.top_acts != 0).to(torch.int32)
+        return times.index_add_(0, report.top_indices.flatten(), pairs.flatten()) > 0
 
     def _average_gradients(self) -> None:
         """Of the processes; those of the weights are not formed yet where the update is fused."""

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from ...analysis.maps import ColourMaps, ImageMap
-from .sheets import square
+from ...extraction.images import square
 from .style import (
     COLOURS,
     GAP,

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from ...analysis.latents import LatentStatistics, label_purity, latent_statistics, purest_latents
 from ...analysis.spatial import activation_maps
-from ...extraction.images import to_pictures
+from ...extraction.images import square, to_pictures
 from ...extraction.sources import ImageSource
 from ...features import FeatureSet
 from ...sae.modeling import KSparseAutoencoder
@@ -91,13 +91,6 @@ def _outlined(picture: np.ndarray, region: np.ndarray) -> np.ndarray:
     inner = region & ~np.asarray(mask.convert("L").filter(ImageFilter.MinFilter(3)), bool)
     outer = ~region & np.asarray(mask.convert("L").filter(ImageFilter.MaxFilter(3)), bool)
     return np.where(inner[..., None], np.uint8(255), np.where(outer[..., None], np.uint8(0), picture))
-
-
-def square(image: Image.Image) -> Image.Image:
-    """The middle square in RGB."""
-    side, (width, height) = min(image.size), image.size
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.convert("RGB").crop((left, top, left + side, top + side))
 
 
 def _enlarging(image: Image.Image) -> Image.Resampling:
