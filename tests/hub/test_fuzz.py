@@ -277,7 +277,7 @@ FOREIGN: list[tuple[str, dict[str, Any], str, str, dict[str, Tensor]]] = [
 ]
 OPTIONS: dict[str, Any] = {"k": 2, "activation": None, "threshold": 0.5, "normalization": "l2", "scaling_factor": 2.0}
 OF_TENSORS: tuple[Callable[[Tensor], Any], ...] = (
-    *(lambda t: t.T if t.ndim < 3 else t, lambda t: t[..., :0], lambda t: t[None], lambda t: t.reshape(-1)[0]),
+    *(lambda t: t.T if t.ndim == 2 else t, lambda t: t[..., :0], lambda t: t[None], lambda t: t.reshape(-1)[0]),
     *(lambda t: t.long(), lambda t: t > 0, lambda t: t.half(), lambda t: t.bfloat16(), lambda t: t.double() * 1e200),
     *(lambda t: t * float("nan"), lambda t: t * 0, lambda t: t.expand(5, *t.shape), lambda t: t.to(torch.complex64)),
     *(lambda t: ~t if t.dtype == torch.bool else -t, lambda t: t.to_sparse(), lambda t: [1], lambda t: None),
