@@ -1,6 +1,7 @@
 """Sweeps on the embedded models: the grid, the protocol, interruptions, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 
 from diffusion_sae import (
     DiffusionProbe,
@@ -22,7 +24,7 @@ from diffusion_sae.analysis.sweep.data import open_splits, subset_of, tasks, tex
 from diffusion_sae.analysis.sweep.results import SweepResults
 from diffusion_sae.analysis.sweep.specs import HeadSpec, PromptSpec
 from diffusion_sae.features import FeatureSet, FeatureStore
-from diffusion_sae.zoo import embedded_images
+from diffusion_sae.zoo import embedded_images, embedded_path
 
 KIND = {
     "tops": ["T-shirt", "pullover", "dress", "coat", "shirt"],
@@ -166,11 +168,30 @@ def test_a_larger_grid_fits_what_is_new(tmp_path: Path, monkeypatch: pytest.Monk
         return fit(*args, **kwargs)
 
     monkeypatch.setattr(run, "fit_cell", counted)
-    sweep(tmp_path, **grid, timesteps=(25, 300))
+    summary = sweep(tmp_path, **grid, timesteps=(25, 300))
     assert len(calls) == 1
+    stores = [FeatureStore(path) for path in (tmp_path / "features").glob("*/train")]
+    assert sorted(store.timesteps for store in stores) == [(25,), (300,)], "what was extracted is not extracted again"
+    (record,) = summary["extractions"].values()
+    assert (record["layers"], record["timesteps"]) == (["bottleneck"], [25, 300])
     assert len(table(tmp_path)) == 4
     sweep(tmp_path, **grid, timesteps=(25, 300), seeds=(0, 1, 2))
     assert len(calls) == 3, "other seeds are other fits"
+    sweep(tmp_path, **grid, timesteps=(300,), seeds=(0, 1, 2))
+    assert len(calls) == 3
+    assert len(list((tmp_path / "features").iterdir())) == 2
+
+
+def test_results_of_other_weights_are_not_added_to(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(embedded_path("tiny-sd") or "", model)
+    grid = {"models": (str(model),), "layers": ("bottleneck",), "baselines": (), "limit": 20}
+    sweep(tmp_path / "out", **grid, timesteps=(25,))
+    (file,) = (model / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"holds results of .* with weights .*, and the model now has .*output_dir"):
+        sweep(tmp_path / "out", **grid, timesteps=(25, 300))
 
 
 def test_heads_that_are_trained_step_by_step(tmp_path: Path) -> None:
@@ -198,7 +219,7 @@ def test_heads_that_are_trained_in_epochs_take_views(tmp_path: Path, validation:
     result = sweep(tmp_path / "views", **grid, views=2, view_flip=False)
     sweep(tmp_path / "plain", **grid)
     (folder,) = (tmp_path / "views" / "features").iterdir()
-    stores = {path.name: FeatureStore(path) for path in folder.iterdir()}
+    stores = {path.name: FeatureStore(path) for path in folder.iterdir() if path.is_dir()}
     assert {name: store.num_views for name, store in stores.items()} == dict.fromkeys(stores, 0) | {"train": 2}
     (record,) = result["extractions"].values()
     assert (record["views"], record["view_flip"]) == (2, False)
@@ -226,6 +247,15 @@ def test_heads_that_are_trained_in_epochs_take_views(tmp_path: Path, validation:
         views=[FeatureSet([view]) for view in views],
     ).fit(progress=False)
     assert rows[3]["validation_loss"] == pytest.approx(trained.validation.loss, rel=1e-6)
+
+
+def test_results_that_another_sweep_has_made_need_no_extraction(tmp_path: Path) -> None:
+    mlp = {"head": "mlp", "width": 8, "num_train_epochs": 1}
+    grid: dict[str, Any] = {"layers": ("bottleneck",), "timesteps": (25,), "limit": 20, "baselines": ()}
+    sweep(tmp_path, **grid, heads=("linear", mlp), views=1)
+    summary = sweep(tmp_path, **grid, heads=("linear",), views=1)
+    assert [record["views"] for record in summary["extractions"].values()] == [0]
+    assert len(list((tmp_path / "features").iterdir())) == 1
 
 
 def test_views_that_no_head_takes_are_not_extracted(tmp_path: Path) -> None:
@@ -281,6 +311,13 @@ def test_prompts_of_a_class(tmp_path: Path) -> None:
         ({"heads": ({"head": "linear", "widht": 3},)}, r"does not know widht\. Known:.*width"),
         ({"heads": ({"head": "diff-c", "num_train_epochs": 0},)}, "num_train_epochs must be an integer"),
         ({"heads": ("no-such-head",)}, "has no usual pooling"),
+        ({"heads": ({"head": "mlp", "optimizer": "lbfgs"},)}, "'mlp' of the sweep, .*lbfgs is for the linear head"),
+        ({"heads": ({"head": "linear", "bf16": True},)}, "'linear' of the sweep, .*bf16 belongs to optimizer='adamw'"),
+        ({"heads": ({"head": "diff-c", "pooling": "mean"},)}, "'diff-c' of the sweep, on features of pooling 'mean'"),
+        ({"heads": ({"head": "linear", "pooling": "none"},)}, "'linear' of the sweep, on features of pooling 'none'"),
+        ({"heads": ({"head": "attention", "pooling": "max"},)}, "'attention' of the sweep, on features of pooling"),
+        ({"heads": ({"head": "knn", "class_weights": "balanced"},)}, "'knn' of the sweep, .*has no loss to weight"),
+        ({"heads": ({"head": "sae", "pooling": "mean"},)}, "or choose another of linear, mlp, diff-c, attention, knn"),
         ({"heads": ("linear", "linear")}, "linear is named twice"),
         ({"models": ({"modle": "tiny-sd"},)}, r"does not know 'modle' \(did you mean 'model'\?\)"),
         ({"models": ({"model": "tiny-sd", "timesteps": [1000]},)}, "in 0…999, got 1000"),
@@ -317,7 +354,7 @@ def test_every_head_of_the_library_can_be_named(tmp_path: Path) -> None:
     from diffusion_sae.probes.configuration import HEADS
 
     for head in set(HEADS) - {"fusion", "sae"}:
-        fits.check_head(HeadSpec.parse({"head": head, "pooling": "mean"}))
+        fits.check_head(HeadSpec.parse(head))
     for head in ("fusion", "sae"):
         with pytest.raises(ValueError, match="a cell of a sweep is one layer at one timestep"):
             fits.check_head(HeadSpec.parse({"head": head, "pooling": "mean"}))

@@ -27,6 +27,7 @@ from .data import Task, subset_of
 from .specs import HeadSpec
 
 NOT_OF_A_CELL = {"fusion": "for several layers or timesteps", "sae": "for the latents of one SAE"}
+SHAPES = {"mean": (2,), "max": (2,), "tokens": (4, 2), "none": (2, 8, 8)}
 SET_BY_SWEEP = {"output_dir", "seed", "init_seed", "report_to", "d_in", "validation_fraction"}
 
 
@@ -54,15 +55,27 @@ def probe_options(head: HeadSpec) -> tuple[dict, dict]:
 
 
 def check_head(head: HeadSpec) -> None:
-    """Find out before the long work what a probe would refuse after it."""
+    """Find out before the long work what a probe would refuse after it, by one on features of zeros.
+
+    Raises:
+        ValueError: naming the head.
+    """
     if head.head in NOT_OF_A_CELL:
         raise ValueError(
             f"The head {head.name!r} of the sweep is {NOT_OF_A_CELL[head.head]}, and a cell of a sweep is one layer at "
-            f"one timestep. Train it with ProbeTrainer, or choose another of {', '.join(HEADS)}."
+            "one timestep. Train it with ProbeTrainer, or choose another of "
+            f"{', '.join(name for name in HEADS if name not in NOT_OF_A_CELL)}."
         )
     probe, training = probe_options(head)
-    DiffusionProbeConfig(d_in=1, id2label={0: "a", 1: "b"}, head=head.head, **probe)
-    ProbeTrainingArguments(output_dir="unused", **training)
+    try:
+        config = DiffusionProbeConfig(d_in=2, id2label={0: "a", 1: "b"}, head=head.head, **probe)
+        features = FeatureSet([torch.zeros(4, *SHAPES[head.pooling])], labels=torch.tensor([0, 1, 0, 1]))
+        args = ProbeTrainingArguments(output_dir="unused", **training)
+        ProbeTrainer(DiffusionProbe(config), features, args, validation_features=features)
+    except ValueError as error:
+        raise ValueError(
+            f"The head {head.name!r} of the sweep, on features of pooling {head.pooling!r}: {error}"
+        ) from error
 
 
 def takes_views(head: HeadSpec) -> bool:

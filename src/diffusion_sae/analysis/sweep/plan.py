@@ -14,6 +14,7 @@ from ...extraction.sources import open_images
 from ...provenance import DTYPES
 from ...zoo import embedded_datasets, embedded_models
 from .config import SweepConfig
+from .fits import check_head
 from .published import published_model
 from .sources import Source, cells_of, sources_of
 from .specs import ModelSpec
@@ -138,6 +139,8 @@ def _fit_seconds(cost: ModelCost, images: int, classes: int, config: SweepConfig
 
 def plan(config: SweepConfig) -> dict[str, Any]:
     """What `Sweep(config).run()` would extract and fit, with estimates; nothing is downloaded, extracted or fitted."""
+    for head in config.head_specs:
+        check_head(head)
     counts, class_names, images_from = _image_counts(config)
     known = [count for count in counts.values() if count is not None]
     images = sum(known) if len(known) == len(counts) else None

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .fits import check_head, fit_cell, takes_views
 from .margins import best_cells, best_of, model_groups
 from .observations import observations
 from .results import RESULTS, SUMMARY, write_table
-from .sources import Extractions, Source, cells_of, features_of, provenance_of, sources_of
+from .sources import Extractions, Source, cells_of, features_of, plain_record, sources_of
 from .specs import HeadSpec
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,6 @@ class Sweep:
         self.images = open_splits(config)
         self.tasks = tasks(config, self.images)
         self.sources = sources_of(config, self.images["train"].class_names)
-        self.records: dict[str, Provenance] = {}
 
     def run(self) -> dict[str, Any]:
         """All of it; returns what is written to `sweep.json`."""
@@ -98,29 +97,41 @@ class Sweep:
         planned = list(self._planned(source))
         missing = [entry for entry in planned if not entry[3].exists()]
         bar.update(len(planned) - len(missing))
-        if missing or not self._record(source).exists():
-            stores = extractions.stores(source)
-            self._remember(source, stores)
+        for part, cells in extractions.parts(source, {(cell.layer, cell.timestep) for cell, *_ in missing}):
+            stores = extractions.stores(part)
+            record = self._remember(source, [store.provenance for store in stores.values()])
             loaded: tuple[Any, _Loaded] = (None, _Loaded({}))
             for cell, head, task, path in missing:
+                if (cell.layer, cell.timestep) not in cells:
+                    continue
                 bar.set_postfix_str(f"{cell.model} {cell.layer} t={cell.timestep}")
                 key = (cell.layer, cell.timestep, head.pooling, takes_views(head))
                 if loaded[0] != key:
                     loaded = (key, _load(stores, cell.layer, cell.timestep, head))
-                record = self.records[source.folder_name].select(cell.layer, cell.timestep)
-                self._fit(cell, head, task, path, loaded[1], record)
+                self._fit(cell, head, task, path, loaded[1], record.select(cell.layer, cell.timestep))
                 bar.update()
+        if not self._record(source).exists():
+            self._remember(source, [extractions.record(source)])
         if not self.config.keep_features:
             extractions.remove(source)
         return [path for *_, path in planned]
 
-    def _remember(self, source: Source, stores: dict[str, FeatureStore]) -> None:
-        record = provenance_of(list(stores.values()))
-        self.records[source.folder_name] = record
-        write_json(self._record(source), stores["train"].provenance.to_dict())  # this one has the views
+    def _remember(self, source: Source, records: Sequence[Provenance]) -> Provenance:
+        """The record of the plain images; results of other weights of the model are not added to."""
+        record = plain_record(records)
+        for path in sorted((self.folder / "sources").glob("*.json")):
+            there = Provenance.from_dict(read_json(path))
+            if _model_of(there) == _model_of(record) and there.weights != record.weights:
+                raise ValueError(
+                    f"{str(self.folder)!r} holds results of {record.model!r} with weights {there.weights}, and the "
+                    f"model now has {record.weights}. Choose another output_dir, or load the revision of before."
+                )
+        with_views = max(records, key=lambda made: made.views)
+        write_json(self._record(source), with_views.to_dict())
+        return record
 
     def _record(self, source: Source) -> Path:
-        return self.folder / "sources" / f"{source.folder_name}.json"
+        return self.folder / "sources" / f"{source.name}.json"
 
     def _fit(
         self,
@@ -169,19 +180,28 @@ class Sweep:
             task = task.shuffled(self.config.seeds[0])
             path = self._file(cell, head, task, self._settings(source), source.views)
             if not path.exists():
-                loaded = _load(extractions.stores(source), best.layer, best.timestep, head)
+                ((part, _),) = extractions.parts(source, {(best.layer, best.timestep)})
+                stores = extractions.stores(part)
+                self._remember(source, [store.provenance for store in stores.values()])
+                loaded = _load(stores, best.layer, best.timestep, head)
                 self._fit(cell, head, task, path, loaded, None)
                 if not self.config.keep_features:
                     extractions.remove(source)
             paths.append(path)
         return paths
 
+    def _extraction(self, source: Source) -> dict[str, Any]:
+        """Record of all layers and timesteps of a source, which may have been extracted one after the other."""
+        recorded = Provenance.from_dict(read_json(self._record(source)))
+        record = dataclasses.replace(recorded, layers=source.model.layers, timesteps=source.timesteps)
+        return {**record.to_dict(), "fingerprint": record.fingerprint}
+
     def _write(self, results: list[CellResult]) -> dict[str, Any]:
         write_table(self.folder / RESULTS, results)
         content = {
             "config": self.config.to_dict(),
             "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
-            "extractions": {s.folder_name: _read_record(self._record(s)) for s in self.sources},
+            "extractions": {s.folder_name: self._extraction(s) for s in self.sources},
             "fits": sum(len(result.seeds) for result in results),
             "best": best_cells(results),
             "observations": observations(results),
@@ -207,6 +227,7 @@ def _load(stores: dict[str, FeatureStore], layer: str, timestep: int, head: Head
     return _Loaded(features, [features_of(stores["train"], layer, timestep, head.pooling, view) for view in views])
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    record = Provenance.from_dict(read_json(path))
-    return {**record.to_dict(), "fingerprint": record.fingerprint}
+def _model_of(record: Provenance) -> tuple[Any, ...]:
+    """What decides the weights."""
+    drawn = record.seed if record.random_weights else None
+    return (record.model, record.revision, record.dtype, record.random_weights, drawn)

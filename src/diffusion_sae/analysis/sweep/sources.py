@@ -1,15 +1,16 @@
 """What a sweep extracts: a store for each model, weights, draw, prompt and split, shared by layers, heads and seeds."""
 
+import dataclasses
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..._files import fingerprint_of
+from ..._files import fingerprint_of, read_json, write_json
 from ...extraction.extractor import DiffusionFeatureExtractor
 from ...extraction.pooling import pool
 from ...extraction.sources import ImageSource
@@ -19,6 +20,11 @@ from .config import SweepConfig
 from .data import texts_of
 from .fits import takes_views
 from .specs import ModelSpec, PromptSpec
+
+GRID = ("layers", "timesteps")
+COVERS = "covers.json"
+GridCell = tuple[str, int]
+"""Layer and timestep."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,23 @@ class Source:
         }
 
     @property
-    def folder_name(self) -> str:
-        """Readable, and of its own for each extraction: names are shortened, so that a hash tells them apart."""
+    def name(self) -> str:
+        """Of all extractions that differ in layers and timesteps alone. Readable, and told apart by a hash."""
         settings = ExtractorConfig(model=self.model.model, **self.settings, **self.views).to_dict()
+        decides = {key: value for key, value in settings.items() if key not in GRID}
         parts = (self.model.name, self.weights, self.prompt.name, f"draw{self.draw}")
         named = "-".join(re.sub(r"[^\w.]+", "-", part).strip("-")[:24] for part in parts)
-        return f"{named}-{fingerprint_of(settings | {'of': self.prompt.of})[:8]}"
+        return f"{named}-{fingerprint_of(decides | {'of': self.prompt.of})[:8]}"
+
+    @property
+    def folder_name(self) -> str:
+        return f"{self.name}-{fingerprint_of([self.model.layers, self.timesteps])[:6]}"
+
+    def narrowed(self, cells: Collection[GridCell]) -> "Source":
+        """The same extraction of the layers and timesteps of these cells alone."""
+        layers, timesteps = {layer for layer, _ in cells}, {timestep for _, timestep in cells}
+        model = dataclasses.replace(self.model, layers=tuple(layer for layer in self.model.layers if layer in layers))
+        return dataclasses.replace(self, model=model, timesteps=tuple(t for t in self.timesteps if t in timesteps))
 
     def describe(self) -> dict[str, Any]:
         """What the columns of the results say of it."""
@@ -113,14 +130,33 @@ class Extractions:
         self.folder = Path(config.output_dir) / "features"
         self.opened: dict[str, dict[str, FeatureStore]] = {}
 
+    def parts(self, source: Source, cells: Collection[GridCell]) -> list[tuple[Source, set[GridCell]]]:
+        """Extractions that have these cells of a source, and which of them: those that an earlier sweep, maybe of other
+        layers or timesteps, has begun, and one of what no other has.
+        """
+        left, parts = set(cells), []
+        for path in sorted(self.folder.glob(f"{source.name}-*/{COVERS}")):
+            there = read_json(path)
+            begun = dataclasses.replace(
+                source,
+                model=dataclasses.replace(source.model, layers=tuple(there["layers"])),
+                timesteps=tuple(there["timesteps"]),
+            )
+            own = left & {(layer, timestep) for layer, timestep in cells_of(begun)}
+            if own:
+                parts.append((begun, own))
+                left -= own
+        return [*parts, (source.narrowed(left), left)] if left else parts
+
     def stores(self, source: Source) -> dict[str, FeatureStore]:
         """By role; a finished store is opened, an unfinished one gone on with."""
         if source.folder_name in self.opened:
             return self.opened[source.folder_name]
-        plain = DiffusionFeatureExtractor.from_pretrained(
-            source.model.model, device=self.config.device, **source.settings
+        write_json(
+            self.folder / source.folder_name / COVERS,
+            {"layers": list(source.model.layers), "timesteps": list(source.timesteps)},
         )
-        made = {}
+        plain, made = self._extractor(source), {}
         for role, images in self.images.items():
             texts = texts_of(source.prompt, images)
             extractor = plain.with_views(**source.views) if role == "train" and source.views else plain
@@ -135,9 +171,23 @@ class Extractions:
         self.opened[source.folder_name] = made
         return made
 
+    def record(self, source: Source) -> Provenance:
+        """Of an extraction whose results are all there, so that its features are not needed."""
+        extractor = self._extractor(source)
+        return (extractor.with_views(**source.views) if source.views else extractor).provenance
+
+    def _extractor(self, source: Source) -> DiffusionFeatureExtractor:
+        """Of plain images."""
+        return DiffusionFeatureExtractor.from_pretrained(
+            source.model.model, device=self.config.device, **source.settings
+        )
+
     def remove(self, source: Source) -> None:
-        self.opened.pop(source.folder_name, None)
-        shutil.rmtree(self.folder / source.folder_name, ignore_errors=True)
+        """All of its timesteps alone."""
+        for path in self.folder.glob(f"{source.name}-*/{COVERS}"):
+            if set(read_json(path)["timesteps"]) <= set(source.timesteps):
+                self.opened.pop(path.parent.name, None)
+                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def as_pooled(rows: Tensor, stored: str, wanted: str, positions: int) -> Tensor:
@@ -149,15 +199,15 @@ def as_pooled(rows: Tensor, stored: str, wanted: str, positions: int) -> Tensor:
     return pool(rows, wanted)
 
 
-def cells_of(source: Source) -> Iterator[tuple[str, int]]:
+def cells_of(source: Source) -> Iterator[GridCell]:
     for timestep in source.timesteps:
         for layer in source.model.layers:
             yield layer, timestep
 
 
-def provenance_of(stores: Sequence[FeatureStore]) -> Provenance:
+def plain_record(records: Sequence[Provenance]) -> Provenance:
     """The one of the plain images of all splits."""
-    (record,) = {record.fingerprint: record for record in (store.provenance.plain() for store in stores)}.values()
+    (record,) = {plain.fingerprint: plain for plain in (record.plain() for record in records)}.values()
     return record
 
 

@@ -10,7 +10,7 @@ from ...provenance import POOLINGS, ExtractorConfig
 
 OF = (None, "own", "other")
 # what a head is given where its entry names no pooling
-POOLING_OF = {"linear": "mean", "mlp": "mean", "knn": "mean", "prototype": "mean", "diff-c": "none"}
+POOLING_OF = dict.fromkeys(("linear", "mlp", "knn", "prototype"), "mean") | {"attention": "tokens", "diff-c": "none"}
 EXTRACTION = ("image_size", "dtype", "revision", "guidance", "noise", "ensemble", "crop", "resample")
 
 
