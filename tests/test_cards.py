@@ -4,6 +4,7 @@ import importlib
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,18 @@ def test_card_is_rendered_from_the_template(name: str, tmp_path: Path) -> None:
     assert packaged is not None
     assert (tmp_path / "README.md").read_text() == (packaged / "README.md").read_text()
     assert make_zoo.card_of_embedded(name) == (ROOT / f"hub_cards/{name}.md").read_text()
+
+
+def test_the_embedded_probes_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packaged = embedded_path("tiny-sd-up1-t50-fashion-mnist")
+    assert packaged is not None
+    code = (packaged / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    Image.new("RGB", (28, 28)).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    *before, last = code.strip().splitlines()
+    names: dict[str, Any] = {}
+    exec("\n".join(before), names)
+    assert len(eval(last, names)) == 5
 
 
 def test_recipes_and_cards_are_what_the_script_writes() -> None:

@@ -270,6 +270,8 @@ def test_arguments_that_are_none(classify: DiffusionProbePipeline, images: list[
         classify(images[0], explain="yes")
     with pytest.raises(ValueError, match="top_latents must be an integer ≥ 1, got 0"):
         classify(images[0], top_latents=0)
+    with pytest.raises(ValueError, match="top_k must be an integer ≥ 1, got -1"):
+        classify(images[0], top_k=-1)
     with pytest.raises(TypeError, match="contributions"):
         classify(images[0], contributions=3)
 
@@ -280,6 +282,11 @@ def test_answers_are_sorted_and_can_be_cut(classify: DiffusionProbePipeline, ima
     assert [entry["score"] for entry in answer] == sorted((entry["score"] for entry in answer), reverse=True)
     assert sum(entry["score"] for entry in answer) == pytest.approx(1)
     assert classify(images[0], top_k=1) == answer[:1]
+
+
+@pytest.mark.parametrize("nothing", [[], ()])
+def test_no_images_have_no_answers(classify: DiffusionProbePipeline, nothing: Any) -> None:
+    assert classify(nothing) == []
 
 
 def test_what_was_learned_comes_through(classify: DiffusionProbePipeline, image_folder: Path) -> None:

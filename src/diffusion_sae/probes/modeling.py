@@ -12,6 +12,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from ..features import AlignedFeatures, FeatureSet
 from ..hub.artifact import ArtifactModel
 from ..provenance import require_same_provenance
+from ..zoo import embedded_path
 from .configuration import SAE_KEYS, DiffusionProbeConfig
 from .examples import Examples, Features, by_name, split, to_device
 from .heads import HEADS, SAEHead, build_head
@@ -241,6 +242,11 @@ class DiffusionProbe(ArtifactModel):
             "import diffusion_sae  # registers the pipeline\nfrom transformers import pipeline\n\n"
             f'pipeline("diffusion-probe", model="{repo_id}")("image.png")'
         )
+        if embedded_path(repo_id) is not None:  # which transformers would look for on the Hub
+            usage = (
+                "from diffusion_sae.zoo import embedded_path\nfrom transformers import pipeline\n\n"
+                f'probe = str(embedded_path("{repo_id}"))\npipeline("diffusion-probe", model=probe)("image.png")'
+            )
         if subfolder:
             address = f'"{repo_id}", subfolder="{subfolder}"'
             usage = (

@@ -102,6 +102,8 @@ class DiffusionProbePipeline(ImageClassificationPipeline):
         self, *, explain: bool | None = None, top_latents: int | None = None, **given: Any
     ) -> Any:
         overrides = {name: given.pop(name) for name in OVERRIDES if given.get(name) is not None}
+        if given.get("top_k") is not None:
+            check_integer("top_k", given["top_k"], 1)
         preprocessing, forward, postprocessing = super()._sanitize_parameters(**given)
         if explain is not None:
             check_choice("explain", explain, (True, False))
@@ -121,6 +123,8 @@ class DiffusionProbePipeline(ImageClassificationPipeline):
             options: the arguments of the class; batch_size, num_workers, top_k, function_to_apply, timeout.
         """
         answer: Any = super().__call__
+        if isinstance(inputs, Sequence) and not len(inputs) and not isinstance(inputs, str | bytes):
+            return []
         if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | list):
             return list(answer(_Items(inputs), **options))
         return answer(inputs, **options)
