@@ -326,6 +326,7 @@ def test_prompts_of_a_class(tmp_path: Path) -> None:
         ({"views": -1}, "views must be an integer ≥ 0, got -1"),
         ({"view_flip": False}, "view_flip is of views, of which there are none"),
         ({"seeds": ()}, "seeds must name at least one"),
+        ({"test_split": "train"}, r"splits repeat in \['train', 'validation', 'train'\]"),
         ({"seeds": (1, 1)}, "seeds must not repeat"),
         ({"train_fraction": 0}, "train_fraction must be a number > 0"),
         ({"labels": ("species",)}, "have no labels 'species'"),

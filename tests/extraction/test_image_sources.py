@@ -22,6 +22,17 @@ def table(images):
     return Dataset.from_dict({"image": images, "label": [i % 3 for i in range(12)]}, features=features)
 
 
+@pytest.mark.parametrize(("values", "kind"), [(["cat", "dog"], "string"), ([0.5, 1.5], "float64")])
+def test_labels_that_are_no_classes_are_left_out_with_a_warning(images, values, kind, caplog):
+    table = Dataset.from_dict({"image": images[:2], "label": values}).cast_column("image", Image())
+    assert open_images(table).labels == [None, None]
+    assert f"the column 'label' holds no class numbers but Value('{kind}')" in caplog.text
+    assert "class_encode_column('label')" in caplog.text
+    caplog.clear()
+    open_images(table.remove_columns("label"))
+    assert not caplog.text
+
+
 def test_folder_of_classes(image_folder, images):
     source = open_images(image_folder)
     assert source.class_names == ["bag", "dress", "shoe"]

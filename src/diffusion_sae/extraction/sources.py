@@ -1,6 +1,7 @@
 """Data sets of images: a folder, Parquet, a `datasets` name, a Dataset, or a list, seen as one kind of sequence."""
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from ..features.columns import StringColumn
 from ..features.labels import LABEL, LabelSet
 from ..zoo import embedded_datasets, embedded_images
 from .images import IMAGE_SUFFIXES, load_image
+
+logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # of a data set: mnist, ylecun/mnist
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
@@ -118,6 +121,15 @@ def from_dataset(table: Any, name: str) -> ImageSource:
     if label_column is not None:
         labels = list(table[label_column])
         class_names = table.features[label_column].names if label_column in classed else None
+    for other in (c for c in LABEL_COLUMNS if c in table.features and label_column is None):
+        logger.warning(
+            "%s: the column %r holds no class numbers but %s, and is left out. Make classes of it before the data are "
+            "split, with class_encode_column(%r); other targets are given to features by with_labels.",
+            name,
+            other,
+            table.features[other],
+            other,
+        )
     others = [c for c in classed if c != label_column]
     encoded = table.cast_column(column, Image(decode=False))
 

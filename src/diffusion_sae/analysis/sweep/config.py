@@ -93,6 +93,8 @@ class SweepConfig(JsonConfig):
         for name in ("weights", "seeds", "draws"):
             values = getattr(self, name)
             check(len(set(values)) == len(values), f"{name} must not repeat, got {list(values)}.")
+        named = [split for split in (self.train_split, self.validation_split, self.test_split) if split is not None]
+        check(len(set(named)) == len(named), f"Each split has a role of its own; splits repeat in {named}.")
         check_number("train_fraction", self.train_fraction, 0, 1, open_low=True)
         check_number("validation_fraction", self.validation_fraction, 0, 0.9, open_low=True)
         for name in ("batch_size", "baseline_size"):
