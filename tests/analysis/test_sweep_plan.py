@@ -24,7 +24,8 @@ def config(tmp_path: Path, **changes: Any) -> SweepConfig:
 
 
 def test_a_plan_does_nothing_and_counts_what_a_sweep_does(tmp_path: Path) -> None:
-    labels = ("label", {"name": "two", "groups": {"a": ["bag"], "b": ["boat"]}})
+    worn = ["T-shirt", "pullover", "dress", "coat", "shirt", "trouser", "sandal", "sneaker", "ankle boot"]
+    labels = ("label", {"name": "two", "groups": {"worn": worn, "carried": ["bag"]}})
     planned = plan(config(tmp_path, limit=50, labels=labels, weights=("trained", "random"), seeds=(0, 1, 2)))
     assert not list(tmp_path.iterdir())
     assert planned["images"] == {"train": 50, "validation": 50, "test": 50}
@@ -34,6 +35,18 @@ def test_a_plan_does_nothing_and_counts_what_a_sweep_does(tmp_path: Path) -> Non
     text = describe(planned)
     assert "12 cells, 36 probes" in text
     assert "measured on this machine" in text
+
+
+def test_fits_are_estimated_by_the_classes_of_each_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """emoji-mini has 8 groups and 70 subgroups."""
+    monkeypatch.setattr("diffusion_sae.analysis.sweep.plan._matmul_flops", lambda: 1e11)
+    coarse, both = (
+        plan(config(tmp_path, dataset="emoji-mini", labels=labels, seeds=(0,)))
+        for labels in (("label",), ("label", "subgroup"))
+    )
+    assert both["fit_seconds"] > 2 * coarse["fit_seconds"]
+    other = plan(config(tmp_path, limit=10, heads=("linear", "knn")))
+    assert "not estimated (heads other than linear take what their training takes)" in describe(other)
 
 
 def test_features_that_are_not_kept_need_the_disk_of_one_timestep(tmp_path: Path) -> None:

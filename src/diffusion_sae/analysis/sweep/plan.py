@@ -14,6 +14,7 @@ from ...extraction.sources import open_images
 from ...provenance import DTYPES
 from ...zoo import embedded_datasets, embedded_models
 from .config import SweepConfig
+from .data import open_splits, tasks
 from .fits import check_head
 from .published import published_model
 from .sources import Source, cells_of, sources_of
@@ -121,6 +122,13 @@ def _image_counts(config: SweepConfig) -> tuple[dict[str, int | None], list[str]
     return dict.fromkeys(roles), [], "nothing: the data are not on this machine; give num_images for an estimate"
 
 
+def _class_counts(config: SweepConfig) -> list[int]:
+    """Of each label; 100 where nothing says how many."""
+    if config.dataset in embedded_datasets() or Path(config.dataset).exists():
+        return [task.num_labels for task in tasks(config, open_splits(config))]
+    return [len(spec.groups) if spec.groups else 100 for spec in config.label_specs]
+
+
 def _stored_numbers(cost: ModelCost, pooling: str) -> int:
     """Of one image at one timestep, over all layers."""
     whole = pooling in ("none", "tokens")
@@ -154,13 +162,12 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     linear = [head for head in config.head_specs if head.head == "linear"]
     fit_seconds = None
     if images is not None and len(linear) == len(config.head_specs):
-        classes = len(class_names) or 100
         fit_seconds = sum(
             len(source.timesteps)
-            * len(config.label_specs)
             * len(linear)
             * _fit_seconds(costs[source.model.name], training, classes, config, flops)
             for source in sources
+            for classes in _class_counts(config)
         )
     return {
         "dataset": config.dataset,
@@ -172,6 +179,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         "fits": fits,
         "extraction_seconds": _total([entry["seconds"] for entry in entries]),
         "fit_seconds": fit_seconds,
+        "linear": len(linear) == len(config.head_specs),
         "disk_bytes": _total([e["bytes"] for e in entries], most=not config.keep_features),
         "output_dir": config.output_dir,
     }
@@ -238,7 +246,8 @@ def describe(planned: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"fit {planned['cells']:,} cells, {planned['fits']:,} probes: {_duration(planned['fit_seconds'])}",
+        f"fit {planned['cells']:,} cells, {planned['fits']:,} probes: {_duration(planned['fit_seconds'])}"
+        + ("" if planned["linear"] else " (heads other than linear take what their training takes)"),
         f"extraction: {_duration(planned['extraction_seconds'])}; disk at most {_size(planned['disk_bytes'])}",
         f"results: {planned['output_dir']}/results.parquet and sweep.json. Nothing was done.",
     ]
