@@ -82,6 +82,21 @@ class TestLabels:
         with pytest.raises(ValueError, match=r"of one shape with n ≥ 2, got \(4, 1\)"):
             hierarchical_agreement(TOP[:, :1])
 
+    @pytest.mark.parametrize("metric", [label_entropy, label_divergence])
+    def test_a_base_rate_is_made_of_shares_of_all_classes(self, metric):
+        for wrong, said in (
+            ([4, 2, 1, 1], "the least 1 and the sum 8"),
+            ([0.5, 0.25, 0.125, 0.0625], "the least 0.0625 and the sum 0.9375"),
+            ([1.5, -0.75, 0.125, 0.125], "the least -0.75 and the sum 1"),
+            ([math.nan, 0.25, 0.125, 0.125], "the sum nan"),
+        ):
+            with pytest.raises(ValueError, match=rf"must be the share of each class.*{said}\. Give base_rate_of"):
+                metric(TOP, torch.tensor(wrong))
+        for top, span in ((TOP, "0…3"), (TOP - 1, "-1…2")):
+            with pytest.raises(ValueError, match=rf"labels in 0…2, the classes of base_rate, got {span}"):
+                metric(top, torch.tensor([0.5, 0.25, 0.25]))
+        assert (metric(TOP, BASE_RATE) >= 0).all()
+
     def test_base_rate(self):
         assert base_rate_of(torch.tensor([0, 2, 2, 2])).tolist() == [0.25, 0, 0.75]
 

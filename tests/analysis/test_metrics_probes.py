@@ -106,6 +106,18 @@ class TestCalibration:
         with pytest.raises(ValueError, match=r"Give logits.softmax\(1\)"):
             expected_calibration_error(torch.tensor([[2.0, 1.0]]), torch.tensor([0]))
 
+    @pytest.mark.parametrize("label", [-1, 3])
+    def test_a_label_outside_the_classes_is_refused(self, label):
+        with pytest.raises(
+            ValueError, match=r"Classes must lie in 0…2, got .*\. Give labels and predictions of the same"
+        ):
+            expected_calibration_error(torch.eye(3), torch.tensor([0, label, 2]))
+
+    def test_bins_are_at_least_one(self):
+        with pytest.raises(ValueError, match="bins must be an integer ≥ 1, got 0"):
+            expected_calibration_error(torch.eye(3), torch.arange(3), bins=0)
+        assert expected_calibration_error(torch.eye(3), torch.arange(3), bins=1) == 0
+
 
 class TestReconstructedAccuracy:
     def test_by_hand(self):

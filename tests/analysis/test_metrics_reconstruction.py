@@ -58,6 +58,15 @@ class TestReconstruction:
         with pytest.raises(ValueError, match=r"must both be \(N, d_in\) with N ≥ 1, got \(2, 2\) and \(2, 3\)"):
             fvu(torch.ones(2, 2), torch.ones(2, 3))
 
+    def test_a_row_of_zeros_has_no_share_that_could_be_explained(self):
+        target = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+        for reconstruction in (target, target + 1):
+            with pytest.raises(
+                ValueError, match=r"2 of 4 rows are all 0, the first is row 1\. Leave them out, or use fvu"
+            ):
+                uncentred_explained_variance(reconstruction, target)
+        assert uncentred_explained_variance(torch.zeros(1, 2), target[:1]).item() == 0
+
 
 class TestSparsity:
     CODE = SparseCode(torch.tensor([[2.0, 1.0], [3.0, 0.0], [-1.0, 0.0]]), torch.tensor([[0, 2], [2, 0], [3, 0]]))
@@ -73,3 +82,22 @@ class TestSparsity:
         assert l0(flipped) == l0(self.CODE) == pytest.approx(latent_density(self.CODE, 5).sum().item())
         assert torch.equal(latent_density(flipped, 5), latent_density(self.CODE, 5))
         assert dead_latents(flipped, 5) == dead_latents(self.CODE, 5)
+
+    @pytest.mark.parametrize("metric", [latent_density, dead_latents])
+    def test_a_latent_that_the_sae_does_not_have_is_refused(self, metric):
+        with pytest.raises(ValueError, match=r"must lie in 0…2, got 0…3\. Give the num_latents of the SAE"):
+            metric(self.CODE, 3)
+        with pytest.raises(ValueError, match=r"must lie in 0…4, got -1…0"):
+            metric(SparseCode(torch.ones(1, 2), torch.tensor([[-1, 0]])), 5)
+
+    @pytest.mark.parametrize("metric", [latent_density, dead_latents, lambda code, _: l0(code)])
+    def test_a_latent_twice_in_a_row_is_refused(self, metric):
+        code = SparseCode(torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]), torch.tensor([[0, 1, 2], [4, 0, 4]]))
+        with pytest.raises(ValueError, match=r"got latent 4 more than once in row 1\. Add its activations up"):
+            metric(code, 5)
+        metric(SparseCode.of_dense(code.to_dense(5)), 5)
+
+    def test_free_places_may_repeat_an_index(self):
+        code = SparseCode(torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]), torch.zeros(2, 3, dtype=torch.long))
+        assert latent_density(code, 2).tolist() == [0.5, 0]
+        assert (l0(code), dead_latents(code, 2)) == (0.5, 0.5)

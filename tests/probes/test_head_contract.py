@@ -350,11 +350,61 @@ def test_a_heat_map_shows_the_position_that_decided(labelled: Any) -> None:
         torch.nn.init.normal_(probe.head.classifier.weight, generator=torch.Generator().manual_seed(0))
         maps = probe.explain(tokens).heat_maps[0]
         if head == "diff-c":
-            assert maps.shape == (2, 1, 1)  # 4 × 4 positions, halved three times and rounded up
+            assert maps.shape == (2, 1, 1)  # 4 × 4 positions, halved three times and rounded up: see TestDiffCHeatMaps
             continue
         others = maps.flatten(1)[:, [i for i in range(16) if i != position]]
         spread = (others - others.mean(1, keepdim=True)).abs().amax(1)
         assert ((maps.flatten(1)[:, position] - others.mean(1)).abs() > 10 * spread + 1e-4).all(), head
+
+
+class TestDiffCHeatMaps:
+    """Three convolutions of stride 2: position (p, q) of the map sees the features from 8p − 8 to 8p + 8, 8q − 8 to
+    8q + 8.
+    """
+
+    @pytest.fixture
+    def probe(self) -> DiffusionProbe:
+        return DiffusionProbe(DiffusionProbeConfig(d_in=6, head="diff-c", width=32, num_labels=2)).eval()
+
+    @staticmethod
+    def with_content(height: int, width: int, p: int, q: int) -> Tensor:
+        """Zeros but for 4 × 4 in the corner that (p, q) names: 0 is the upper or left end, -1 the lower or right."""
+        image = torch.zeros(1, 6, height, width)
+        rows, columns = (slice(0, 4) if end == 0 else slice(-4, None) for end in (p, q))
+        image[:, :, rows, columns] = 4 * torch.randn(6, 4, 4, generator=torch.Generator().manual_seed(1))
+        return image
+
+    @pytest.mark.parametrize(("height", "width"), [(24, 40), (40, 24), (9, 17)])
+    def test_maps_of_several_positions_and_rest_are_the_logits(
+        self, probe: DiffusionProbe, height: int, width: int
+    ) -> None:
+        images = torch.randn(3, 6, height, width, generator=torch.Generator().manual_seed(2))
+        output = probe.explain(images)
+        assert output.heat_maps.shape == (3, 2, -(-height // 8), -(-width // 8))
+        assert output.heat_maps.flatten(2).std(2).gt(0).all(), "positions differ"
+        with torch.no_grad():
+            logits = probe(features=images).logits
+        torch.testing.assert_close(output.heat_maps.sum((2, 3)) + output.rest, logits, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("corner", [(0, 0), (0, -1), (-1, 0), (-1, -1)])
+    @pytest.mark.parametrize(("height", "width"), [(24, 40), (40, 24), (32, 32)])
+    def test_the_evidence_is_where_the_content_is(
+        self, probe: DiffusionProbe, height: int, width: int, corner: tuple[int, int]
+    ) -> None:
+        p, q = corner
+        with torch.no_grad():
+            probe.head.classifier.weight.abs_()  # so that channels cannot cancel out
+        image = self.with_content(height, width, p, q)
+        given = [image]
+        if height == width:  # the same as tokens, row by row
+            given.append(image.flatten(2).transpose(1, 2))
+        for features in given:
+            maps = probe.explain(features).heat_maps[0]
+            far = torch.ones(maps.shape[1:], dtype=torch.bool)
+            rows, columns = (slice(0, 2) if end == 0 else slice(-2, None) for end in corner)
+            far[rows, columns] = False
+            assert maps[:, far].abs().max() < 1e-6, "positions that do not see the content say nothing of it"
+            assert (maps[:, p, q] > 1e-2).all()
 
 
 def test_positions_that_form_no_square_stay_a_row() -> None:

@@ -310,6 +310,42 @@ class TestAdamW:
         result = train(make_probe("diff-c"), labelled(10, (6, 4, 4)), tmp_path, batch_size=8)  # 9 rows: 8 and 1
         assert len(result.history) == 4
 
+    @pytest.mark.parametrize(
+        ("head", "shape", "steps"), [("mlp", (6,), 2), ("linear", (6,), 2), ("diff-c", (6, 4, 4), 1)]
+    )
+    def test_it_is_left_out_for_batch_statistics_alone(
+        self, head: str, shape: tuple[int, ...], steps: int, labelled: Labelled, tmp_path: Path
+    ) -> None:
+        seen = []
+        with watch_optimizer(lambda _: seen.append(1)):
+            train(make_probe(head), labelled(10, shape), tmp_path, optimizer="adamw", num_train_epochs=3)
+        assert len(seen) == 3 * steps, "9 rows in batches of 8: 8 and 1"
+
+    def test_batches_of_one_row(self, labelled: Labelled, tmp_path: Path) -> None:
+        seen = []
+        with watch_optimizer(lambda _: seen.append(1)):
+            train(make_probe("mlp"), labelled(10), tmp_path / "mlp", batch_size=1, num_train_epochs=2)
+        assert len(seen) == 2 * 9
+        with pytest.raises(ValueError, match=r"The head diff-c has BatchNorm.*got batch_size=1\. Use a batch_size ≥ 2"):
+            train(make_probe("diff-c"), labelled(10, (6, 4, 4)), tmp_path / "diff-c", batch_size=1)
+        assert not list((tmp_path / "diff-c").iterdir()), "before anything is written"
+
+    @pytest.mark.parametrize("head", ["linear", "mlp"])
+    def test_weights_of_fp16_are_refused(self, head: str, labelled: Labelled, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"cannot train weights of torch\.float16.*Call probe\.float\(\)"):
+            train(make_probe(head).half(), labelled(40), tmp_path, optimizer="adamw")
+        train(make_probe(head).half().float(), labelled(40), tmp_path, optimizer="adamw", bf16=True)
+
+    def test_more_epochs_than_the_schedule_has_are_explained(self, tmp_path: Path) -> None:
+        expected = (
+            r"must be an integer ≥ 100, got 90: after it the .* num_train_epochs is 100.*e\.g\. cosine_epochs=300"
+        )
+        with pytest.raises(ValueError, match=expected):
+            make_args(tmp_path, num_train_epochs=100)
+        assert make_args(tmp_path, num_train_epochs=100, cosine_epochs=100).cosine_epochs == 100
+        with pytest.raises(ValueError, match=r"cosine_epochs must be an integer ≥ 1, got 3\.5"):
+            make_args(tmp_path, cosine_epochs=3.5)
+
 
 class TestRefusedFeatures:
     def test_labels_outside_the_classes(self, labelled: Labelled, tmp_path: Path) -> None:

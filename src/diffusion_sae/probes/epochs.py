@@ -4,7 +4,7 @@ import math
 from contextlib import closing
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .._training import MetricsLogger, load_checkpoint, require_finite_loss, save_checkpoint
@@ -17,8 +17,12 @@ def fit_adamw(run: Run) -> ProbeTrainingResult:
     """The epoch that is best on validation; an epoch is the unit of resuming.
 
     Of several processes each computes a share of every batch; the main one validates and writes.
+
+    Raises:
+        ValueError: for batches of one row with a head that has batch statistics, and for fp16 weights.
     """
     args, probe, processes = run.args, run.probe, run.processes
+    _require_trainable(run)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     best = {name: value.clone() for name, value in probe.state_dict().items()}
     # epochs done; best score, loss, epoch
@@ -52,6 +56,25 @@ def fit_adamw(run: Run) -> ProbeTrainingResult:
     return ProbeTrainingResult(_best_metrics(run, int(state[3]), logger), {"epoch": state[3].item()}, logger.history)
 
 
+def _require_trainable(run: Run) -> None:
+    head, dtype = run.probe.head, run.probe.dtype
+    if run.args.batch_size == 1 and has_batch_statistics(head):
+        raise ValueError(
+            f"The head {head.name} has BatchNorm, which cannot learn from the statistics of a single row, got "
+            "batch_size=1. Use a batch_size ≥ 2."
+        )
+    if dtype == torch.float16:  # AdamW's eps of 1e-8 is 0 there: without gradient the step is 0 / 0
+        raise ValueError(
+            "adamw cannot train weights of torch.float16, whose steps become NaN or infinite at any learning_rate. "
+            "Call probe.float() before the training, with bf16=True to compute in half precision."
+        )
+
+
+def has_batch_statistics(head: nn.Module) -> bool:
+    """Whether rows of a batch are normalised by one another in training."""
+    return any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in head.modules())
+
+
 def _is_patience_over(run: Run, state: Tensor) -> bool:
     """Whether so many epochs have passed since the best one; also asked when a run goes on that had stopped."""
     patience = run.args.early_stopping_patience
@@ -72,12 +95,13 @@ def _epoch(run: Run, epoch: int, optimizer: torch.optim.Optimizer) -> float:
     """One pass in the order of (seed, epoch); the dropout's random state is forked: no one else's changes."""
     probe, args, total, seen = run.probe, run.args, 0.0, 0
     order = _order(run, epoch)
+    leaves_single_row_out = len(order) > 1 and has_batch_statistics(probe.head)
     devices = [probe.device] if probe.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(args.seed * 1_000_003 + epoch)
         probe.train()
         for numbers in order.split(args.batch_size):
-            if len(numbers) == 1 and len(order) > 1:
+            if len(numbers) == 1 and leaves_single_row_out:
                 continue  # BatchNorm cannot learn from a single row
             loss = _gradient(run, numbers, epoch)
             optimizer.step()

@@ -30,7 +30,7 @@ class ProbeTrainingArguments(JsonConfig):
     num_train_epochs: int = 30
     """Epochs of adamw, Revelio's value."""
     cosine_epochs: int = 90
-    """Epochs to the end of adamw's cosine schedule; Revelio's stops at a third of it."""
+    """Epochs to the end of adamw's cosine schedule, at least num_train_epochs; Revelio's stops at a third of it."""
     weight_decay: float | int = 0.01
     """AdamW's."""
     early_stopping_patience: int | None = None
@@ -63,7 +63,13 @@ class ProbeTrainingArguments(JsonConfig):
         check_number("learning_rate", self.learning_rate, 0, open_low=True)
         check_integer("batch_size", self.batch_size, 1)
         check_integer("num_train_epochs", self.num_train_epochs, 1)
-        check_integer("cosine_epochs", self.cosine_epochs, self.num_train_epochs)
+        check_integer("cosine_epochs", self.cosine_epochs, 1)
+        check(
+            self.cosine_epochs >= self.num_train_epochs,
+            f"cosine_epochs must be an integer ≥ {self.num_train_epochs}, got {self.cosine_epochs}: after it the "
+            f"learning rate would rise again, and num_train_epochs is {self.num_train_epochs}. Give both, e.g. "
+            f"cosine_epochs={3 * self.num_train_epochs} for Revelio's third of a cosine.",
+        )
         check_number("weight_decay", self.weight_decay, 0)
         check_number("validation_fraction", self.validation_fraction, 0, 0.9, open_low=True)
         check_integer("seed", self.seed, 0)

@@ -58,9 +58,20 @@ def label_divergence(top_labels: Labels, base_rate: Float[Tensor, " classes"]) -
 
 
 def _shares(top_labels: Labels, base_rate: Float[Tensor, " classes"]) -> Float[Tensor, "units classes"]:
+    classes, total = len(base_rate), base_rate.double().sum().item()
+    if bool((base_rate < 0).any()) or not abs(total - 1) <= 1e-4:  # a NaN is not within it either
+        raise ValueError(
+            f"base_rate must be the share of each class, ≥ 0 with the sum 1, got the least {base_rate.min().item():g} "
+            f"and the sum {total:g}. Give base_rate_of(labels) of all images."
+        )
+    if top_labels.numel() and not 0 <= int(top_labels.min()) <= int(top_labels.max()) < classes:
+        raise ValueError(
+            f"Top images must have labels in 0…{classes - 1}, the classes of base_rate, got {int(top_labels.min())}…"
+            f"{int(top_labels.max())}. Give the base rate of the same images."
+        )
     if top_labels.numel() and bool((base_rate[top_labels.unique()] == 0).any()):
         raise ValueError("Top images have labels whose base rate is 0. Give the base rate of the same images.")
-    return label_counts(top_labels, len(base_rate)).double() / top_labels.shape[1]
+    return label_counts(top_labels, classes).double() / top_labels.shape[1]
 
 
 def _entropy(shares: Float[Tensor, "units classes"]) -> Float[Tensor, " units"]:

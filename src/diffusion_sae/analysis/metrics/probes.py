@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..._config import check_integer
 from ...features import FeatureSet
 from ...probes.modeling import DiffusionProbe
 from ...sae.modeling import KSparseAutoencoder
@@ -55,9 +56,7 @@ def confusion_matrix(
 ) -> Int[Tensor, "classes classes"]:
     """How many rows of class i (row) were said to be of class j (column)."""
     _right(predictions, labels)
-    both = torch.cat([predictions, labels])
-    if len(both) and not 0 <= int(both.min()) <= int(both.max()) < classes:
-        raise ValueError(f"Classes must lie in 0…{classes - 1}, got {int(both.min())}…{int(both.max())}.")
+    _require_classes(torch.cat([predictions, labels]), classes)
     return torch.bincount(labels * classes + predictions, minlength=classes**2).reshape(classes, classes)
 
 
@@ -76,14 +75,16 @@ def expected_calibration_error(
     0 is calibrated (Guo et al. 2017, eq. 3). Bin b is ((b − 1)/bins, b/bins].
 
     Raises:
-        ValueError: if rows are no probabilities: give `logits.softmax(1)`.
+        ValueError: if rows are no probabilities: give `logits.softmax(1)`; for labels outside the classes.
     """
+    check_integer("bins", bins, 1)
     totals = probabilities.double().sum(1)
     if bool((probabilities < 0).any()) or not torch.allclose(totals, torch.ones_like(totals), atol=1e-4):
         raise ValueError("Rows must be probabilities, ≥ 0 with the sum 1. Give logits.softmax(1).")
     confidence, said = probabilities.double().max(1)
     number = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
     gap = _right(said, labels).double() - confidence
+    _require_classes(labels, probabilities.shape[1])
     return torch.zeros(bins, dtype=torch.float64).index_add_(0, number, gap).abs().sum().item() / len(labels)
 
 
@@ -94,6 +95,14 @@ def _right(predictions: Tensor, labels: Tensor) -> Bool[Tensor, " N"]:
             f"{tuple(labels.shape)}. Give logits.argmax(1)."
         )
     return predictions == labels
+
+
+def _require_classes(numbers: Int[Tensor, " N"], classes: int) -> None:
+    if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < classes:
+        raise ValueError(
+            f"Classes must lie in 0…{classes - 1}, got {int(numbers.min())}…{int(numbers.max())}. Give labels and "
+            "predictions of the same classes, numbered from 0."
+        )
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,18 @@ def uncentred_explained_variance(
     """mean over rows of 1 − ‖e‖² / ‖x‖², in (−∞, 1]: what Revelio calls explained variance.
 
     No mean is taken off: on rows far from 0 the mean row alone scores near 1, so that it says little without `fvu`.
+
+    Raises:
+        ValueError: for a target with a row of zeros, of whose length no share can be explained.
     """
-    return 1 - normalized_mse(*_checked(reconstruction, target))
+    reconstruction, target = _checked(reconstruction, target)
+    zero = (target == 0).all(1).nonzero().flatten().tolist()
+    if zero:
+        raise ValueError(
+            f"uncentred_explained_variance divides by the length of each target row, and {len(zero)} of {len(target)} "
+            f"rows are all 0, the first is row {zero[0]}. Leave them out, or use fvu."
+        )
+    return 1 - normalized_mse(reconstruction, target)
 
 
 def cosine(reconstruction: Float[Tensor, "N d_in"], target: Float[Tensor, "N d_in"]) -> Float[Tensor, ""]:
