@@ -1,5 +1,6 @@
 """What both trainers need: row orders and splits that depend on a seed alone, one-file checkpoints, a log."""
 
+import importlib
 import json
 import logging
 import math
@@ -113,12 +114,18 @@ class MetricsLogger:
         self.history: list[dict[str, float]] = []
         self._run: Any = None
         self._kind = report_to
-        if report_to in ("trackio", "wandb"):
-            self._run = __import__(report_to).init(project="diffusion_sae", name=output_dir.name, config=dict(config))
-        elif report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+        try:
+            if report_to in ("trackio", "wandb"):
+                tracker: Any = importlib.import_module(report_to)
+                self._run = tracker.init(project="diffusion_sae", name=output_dir.name, config=dict(config))
+            elif report_to == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._run = SummaryWriter(str(output_dir))
+                self._run = SummaryWriter(str(output_dir))
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"report_to={report_to!r} needs {report_to}, which is not installed ({error}): pip install {report_to}."
+            ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.history.append({"step": step, **values})

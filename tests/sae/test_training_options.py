@@ -1,6 +1,7 @@
 """What a training can be told beyond the paper's recipe, each against what it claims."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, SAETrainer, SAETrainingArguments
-from diffusion_sae._training import TrainingDivergedError
+from diffusion_sae._training import MetricsLogger, TrainingDivergedError
 from diffusion_sae.features import FeatureSet, ShuffledBatches
 from diffusion_sae.provenance import Provenance
 from diffusion_sae.sae.checkpoints import BEST
@@ -334,3 +335,13 @@ def test_the_best_of_an_earlier_run_is_not_taken(superposition: Callable[..., Te
 def test_history_is_json(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
     result = SAETrainer(make_sae(), superposition(200), make_args(tmp_path, eval_steps=10)).train(progress=False)
     assert json.loads((tmp_path / "training_history.json").read_text()) == result.history
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named(
+    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, tracker, None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=f"report_to='{tracker}' needs {tracker}, .*: pip install {tracker}"):
+        MetricsLogger(tracker, tmp_path, {})
