@@ -348,6 +348,23 @@ class TestNormalizedMSE:
         leaves = [draw(5, 4, seed=seed, dtype=torch.float64).requires_grad_() for seed in (0, 1)]
         assert torch.autograd.gradcheck(lambda *tensors: NormalizedMSE.apply(*tensors)[0], leaves)
 
+    def test_a_row_of_zeros_counts_as_nothing(self) -> None:
+        reconstruction, target = draw(8, 6), draw(8, 6, seed=1)
+        target[3] = 0
+        kept = [i for i in range(8) if i != 3]
+        loss, _ = NormalizedMSE.apply(reconstruction, target)
+        torch.testing.assert_close(loss, self.densely(reconstruction[kept], target[kept]) * 7 / 8)
+        got = gradients_of(lambda *leaves: NormalizedMSE.apply(*leaves)[0], [reconstruction, target])
+        for gradient in got:
+            assert torch.isfinite(gradient).all()
+            assert (gradient[3] == 0).all()
+
+    def test_a_second_derivative_is_an_error(self) -> None:
+        leaf = draw(5, 4).requires_grad_()
+        (gradient,) = torch.autograd.grad(NormalizedMSE.apply(leaf, draw(5, 4, seed=1))[0], leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            gradient.sum().backward()
+
 
 def test_training_after_inference_mode() -> None:
     """The kept memory for scores is made in one of them and written to in the other."""

@@ -21,6 +21,7 @@ from diffusion_sae.sae.evaluation import evaluate_sae
 from diffusion_sae.sae.preparation import fold_input_scale_, geometric_median, input_scale
 from diffusion_sae.sae.resampling import resample_
 from diffusion_sae.sae.results import SAECallback
+from diffusion_sae.sae.step import TrainingStep
 from diffusion_sae.sae.trainer import train_together
 
 D_IN, NUM_LATENTS, K = 16, 64, 4
@@ -345,3 +346,36 @@ def test_a_tracker_that_is_not_installed_is_named(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=f"report_to='{tracker}' needs {tracker}, .*: pip install {tracker}"):
         MetricsLogger(tracker, tmp_path, {})
+
+
+@pytest.mark.parametrize("b_dec_init", ["mean", "geometric_median", "zero"])
+@pytest.mark.parametrize("input_norm", ["none", "layer_norm", "constant_norm"])
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu"])
+def test_features_that_know_their_timestep(activation: str, input_norm: str, b_dec_init: str, tmp_path: Path) -> None:
+    """Those of a store do; an SAE of one timestep is the same with and without."""
+    rows = torch.randn(200, D_IN, generator=torch.Generator().manual_seed(0))
+    found = []
+    for name, timesteps in (("with", (25,)), ("without", ())):
+        features = FeatureSet([rows], timesteps=timesteps)
+        args = SAETrainingArguments(output_dir=str(tmp_path / name), max_steps=3, batch_size=64, b_dec_init=b_dec_init)
+        sae = make_sae(activation=activation, input_norm=input_norm)
+        SAETrainer(sae, features, args).train(progress=False)
+        found.append(sae.state_dict())
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
+
+
+@pytest.mark.parametrize("frozen", ["W_enc", "W_dec"])
+def test_frozen_weights_stay(frozen: str, tmp_path: Path) -> None:
+    sae = make_sae()
+    getattr(sae, frozen).requires_grad_(False)
+    before = getattr(sae, frozen).clone()
+    step = TrainingStep(sae, SAETrainingArguments(output_dir=str(tmp_path)))
+    for seed in range(5):
+        step(torch.randn(64, D_IN, generator=torch.Generator().manual_seed(seed)), 1e-2)
+    torch.testing.assert_close(getattr(sae, frozen), before, atol=1e-6, rtol=0)
+
+
+def test_more_active_latents_than_there_are() -> None:
+    with pytest.raises(ValueError, match="k must be at most the number of latents, 64, got 70"):
+        make_sae()(torch.randn(3, D_IN), k=70)

@@ -42,7 +42,8 @@ def train_sae(output_dir: Path, save_steps: int) -> None:
         lr_scheduler_type="cosine",
         batch_size=64,
         max_steps=300,
-        dead_after_rows=256,  # so that AuxK acts, whose counters are part of the state
+        dead_after_rows=256,
+        auxk=8,  # its counters are part of the state
         ema_decay=0.9,
         normalize_input="scalar",
         k_anneal_start=16,

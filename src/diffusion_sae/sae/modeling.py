@@ -122,7 +122,10 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
 
     def _chosen(self, rows: Rows, *, k: int | None = None, subset: Tensor | None = None) -> SparseCode:
         """TopK of the pre-activations in no order, ReLU applied as the config says."""
-        choose = partial(encode_top_k, k=self.config.k if k is None else k)
+        k, latents = self.config.k if k is None else k, self.config.num_latents if subset is None else len(subset)
+        if k > latents:
+            raise ValueError(f"k must be at most the number of latents, {latents}, got {k}.")
+        choose = partial(encode_top_k, k=k)
         values, indices = self._encoded(rows, choose, subset)
         return SparseCode(values if self.config.activation == "signed_topk" else F.relu(values), indices)
 

@@ -56,6 +56,8 @@ def set_biases_(sae: KSparseAutoencoder, source: FeatureSource, kind: str, scale
         sae.b_dec.copy_(source.mean() / scale)
         return
     rows, timesteps = sample_of(source)
+    if sae.config.timesteps is None:  # features know theirs, whatever the SAE is for
+        timesteps = None
     rows = rows / scale
     normalised = sae._rows(rows.to(sae.device), None if timesteps is None else timesteps.to(sae.device)).normalised
     center = geometric_median if kind == "geometric_median" else (lambda some: some.mean(0))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 PART_BYTES = 2**20
@@ -106,6 +107,7 @@ class Encode(torch.autograd.Function):
         return values, indices
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         centered, W_enc, indices = ctx.saved_tensors
         gradient, wanted, latents = gradients[0], ctx.needs_input_grad, len(W_enc)
@@ -150,6 +152,7 @@ class DecodeRows(torch.autograd.Function):
         return result if bias is None else result.add_(bias)  # in place: a large batch has few arrays of its size
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         acts, indices, W_dec = ctx.saved_tensors
         gradient = gradients[0].contiguous()
@@ -175,23 +178,28 @@ def row_parts(*arrays: Float[Tensor, "N d"]) -> Iterator[tuple[Tensor, ...]]:
 
 
 class NormalizedMSE(torch.autograd.Function):
-    """(mean over rows of ‖x̂ − x‖² / ‖x‖², Σ‖x̂ − x‖²). The error is formed in both directions rather than kept."""
+    """(mean over rows of ‖x̂ − x‖² / ‖x‖², Σ‖x̂ − x‖²). The error is formed in both directions rather than kept.
+
+    A row of zeros has no relative error and counts as 0: one of them would be all of the loss and of its gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, reconstruction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        lengths = torch.linalg.vector_norm(target, dim=1).square_().clamp_min_(torch.finfo(target.dtype).tiny)
+        lengths = torch.linalg.vector_norm(target, dim=1).square_()
+        weights = torch.where(lengths > torch.finfo(target.dtype).tiny, lengths.reciprocal(), 0.0)
         squares = torch.cat([torch.linalg.vector_norm(a - b, dim=1) for a, b in row_parts(reconstruction, target)])
         squares.square_()
-        ctx.save_for_backward(reconstruction, lengths, target, squares)
+        ctx.save_for_backward(reconstruction, weights, target, squares)
         total = squares.sum()
         ctx.mark_non_differentiable(total)
-        return (squares / lengths).mean(), total
+        return (squares * weights).mean(), total
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
-        reconstruction, lengths, target, squares = ctx.saved_tensors
-        scale = (gradients[0] * 2 / (len(target) * lengths))[:, None]
+        reconstruction, weights, target, squares = ctx.saved_tensors
+        scale = (gradients[0] * 2 / len(target) * weights)[:, None]
         to_reconstruction = (reconstruction - target).mul_(scale)
         if not ctx.needs_input_grad[1]:
             return to_reconstruction, None
-        return to_reconstruction, -to_reconstruction - target * (scale * (squares / lengths)[:, None])
+        return to_reconstruction, -to_reconstruction - target * (scale * (squares * weights)[:, None])
