@@ -22,7 +22,8 @@ PROCESS = """
 
     torch.set_num_threads(1)
     folder, config, changes = sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
-    sae = KSparseAutoencoder(KSparseAutoencoderConfig(d_in=16, num_latents=64, k=4, **config))
+    with torch.device("meta" if changes.get("shard_latents") else "cpu"):
+        sae = KSparseAutoencoder(KSparseAutoencoderConfig(**{"d_in": 16, "num_latents": 64, "k": 4, **config}))
     settings = {"learning_rate": 3e-3, "warmup_steps": 5, "batch_size": 64, "max_steps": 30, "dead_after_rows": 64,
                 "logging_steps": 5, "save_steps": 25, "auxk": 8}
     SAETrainer(sae, draw_superposition(1000), SAETrainingArguments(output_dir=folder, **(settings | changes))).train(
@@ -59,9 +60,41 @@ def train(folder: Path, count: int, config: dict, changes: dict) -> None:
     ids=["fused", "another optimiser, nested, averaged"],
 )
 def test_two_processes_give_the_curve_of_one(config: dict, changes: dict, tmp_path: Path) -> None:
+    _require_same_training(tmp_path, config, changes, {})
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ({}, {}),
+        ({"activation": "batchtopk"}, {}),
+        (
+            {"num_latents": 61},
+            {
+                "ema_decay": 0.9,
+                "normalize_input": "scalar",
+                "micro_batch_size": 20,
+                "eval_steps": 10,
+                "keep_best": True,
+            },
+        ),
+        (
+            {"activation": "signed_topk", "matryoshka_sizes": [16, 64]},
+            {"multi_topk_alpha": 0.125, "optimizer": "adamw"},
+        ),
+    ],
+    ids=["topk", "batchtopk", "odd shares, averaged, in parts", "signed, nested, another optimiser"],
+)
+def test_latents_shared_out_over_two_processes(config: dict, changes: dict, tmp_path: Path) -> None:
+    """Each holds half of the dictionary, which is never made in full; the files are those of one process."""
+    _require_same_training(tmp_path, config, changes, {"shard_latents": True})
+
+
+def _require_same_training(tmp_path: Path, config: dict, changes: dict, of_two: dict) -> None:
+    """Curve and weights of one process and of two, which have these changes as well."""
     curves = {}
     for count in (1, 2):
-        train(tmp_path / str(count), count, config, changes)
+        train(tmp_path / str(count), count, config, changes | (of_two if count == 2 else {}))
         curves[count] = json.loads((tmp_path / str(count) / "training_history.json").read_text())
     assert [entry["step"] for entry in curves[2]] == [*range(5, 31, 5)]
     for one, two in zip(curves[1], curves[2], strict=True):
