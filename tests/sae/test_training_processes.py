@@ -70,13 +70,7 @@ def test_two_processes_give_the_curve_of_one(config: dict, changes: dict, tmp_pa
         ({"activation": "batchtopk"}, {}),
         (
             {"num_latents": 61},
-            {
-                "ema_decay": 0.9,
-                "normalize_input": "scalar",
-                "micro_batch_size": 20,
-                "eval_steps": 10,
-                "keep_best": True,
-            },
+            {"ema_decay": 0.9, "normalize_input": "scalar", "micro_batch_size": 20},
         ),
         (
             {"activation": "signed_topk", "matryoshka_sizes": [16, 64]},
