@@ -122,10 +122,11 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
 
     def _chosen(self, rows: Rows, *, k: int | None = None, subset: Tensor | None = None) -> SparseCode:
         """TopK of the pre-activations in no order, ReLU applied as the config says."""
-        k, latents = self.config.k if k is None else k, self.config.num_latents if subset is None else len(subset)
-        if k > latents:
-            raise ValueError(f"k must be at most the number of latents, {latents}, got {k}.")
-        choose = partial(encode_top_k, k=k)
+        wanted = self.config.k if k is None else k
+        latents = self.config.num_latents if subset is None else len(subset)
+        if wanted > latents:
+            raise ValueError(f"k must be at most the number of latents, {latents}, got {wanted}.")
+        choose = partial(encode_top_k, k=wanted)
         values, indices = self._encoded(rows, choose, subset)
         return SparseCode(values if self.config.activation == "signed_topk" else F.relu(values), indices)
 

@@ -107,8 +107,8 @@ class Encode(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         centered, W_enc, indices = ctx.saved_tensors
         gradient, wanted, latents = gradients[0], ctx.needs_input_grad, len(W_enc)
         to_features = to_bias = to_weights = to_b_enc = None
@@ -152,8 +152,8 @@ class DecodeRows(torch.autograd.Function):
         return result if bias is None else result.add_(bias)  # in place: a large batch has few arrays of its size
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         acts, indices, W_dec = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         to_acts = to_weights = None
@@ -195,8 +195,8 @@ class NormalizedMSE(torch.autograd.Function):
         return (squares * weights).mean(), total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
         reconstruction, weights, target, squares = ctx.saved_tensors
         scale = (gradients[0] * 2 / len(target) * weights)[:, None]
         to_reconstruction = (reconstruction - target).mul_(scale)

@@ -67,7 +67,7 @@ class Source:
 
     @property
     def folder_name(self) -> str:
-        return f"{self.name}-{fingerprint_of([self.model.layers, self.timesteps])[:6]}"
+        return f"{self.name}-{fingerprint_of({'layers': self.model.layers, 'timesteps': self.timesteps})[:6]}"
 
     def narrowed(self, cells: Collection[GridCell]) -> "Source":
         """The same extraction of the layers and timesteps of these cells alone."""
