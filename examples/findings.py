@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SWEEPS = {"fashion-mnist": "embedded_sweep.yaml", "emoji": "emoji_sweep.yaml"}
 TITLES = {"fashion-mnist": "Fashion-MNIST", "emoji": "Emoji in a style that no probe was trained on"}
 Answer = dict[str, Any]
+SMALL = 250
+"""The largest timestep that is called small: a quarter of the 1,000 steps of both models' schedule."""
 
 
 def run(name: str, results: Path) -> None:
@@ -36,41 +38,45 @@ def run(name: str, results: Path) -> None:
         write_atomically(target, lambda path, file=file: shutil.copyfile(Path(config.output_dir) / file, path))
 
 
-def clear(answer: Answer | None) -> bool:
-    """Whether the first of the two cells is better, beyond the noise."""
-    return answer is not None and answer["low"] > 0
+def decided(margins: Iterable[Answer]) -> str:
+    """Yes if all margins are above 0 beyond the noise, no if one is below it beyond the noise."""
+    margins = list(margins)
+    if any(one["high"] < 0 for one in margins):
+        return "no"
+    return "yes" if all(one["low"] > 0 for one in margins) else "undecided"
 
 
 def inner_layer(answer: Answer) -> tuple[str, str]:
-    ends = [answer.get("first layer"), answer.get("last layer")]
-    texts = [f"{interval(one)} over {place(one['other'])}" for one in ends if one]
-    if None in ends:
-        return "no", f"{place(answer)} is the grid's {'last' if ends[0] else 'first'} layer; {'; '.join(texts)}"
-    return ("yes" if all(map(clear, ends)) else "undecided"), f"{place(answer)}: {'; '.join(texts)}"
+    ends = [answer[name] for name in ("first layer", "last layer") if name in answer]
+    text = "; ".join(f"{interval(one)} over {place(one['other'])}" for one in ends)
+    for name in ("first", "last"):
+        if f"{name} layer" not in answer:
+            return "no", f"{place(answer)} is the grid's {name} layer; {text}"
+    return decided(ends), f"{place(answer)}: {text}"
 
 
 def small_timestep(answer: Answer) -> tuple[str, str]:
     others = {one["other"]["timestep"]: one for one in answer["timesteps"]}
     least, most = min([*others, answer["timestep"]]), max([*others, answer["timestep"]])
-    ends = [others.get(t) for t in (least, most)]
-    texts = [f"{interval(one)} over t = {t}" for t, one in zip((least, most), ends, strict=True) if one]
-    if None in ends:
-        return "no", f"{place(answer)} is at the {'end' if ends[0] else 'beginning'} of the grid; {'; '.join(texts)}"
-    return ("yes" if all(map(clear, ends)) else "undecided"), f"{place(answer)}: {'; '.join(texts)}"
+    text = "; ".join(f"{interval(others[t])} over t = {t}" for t in (least, most) if t in others)
+    for t, name in ((least, "beginning"), (most, "end")):
+        if t not in others:
+            return "no", f"{place(answer)} is at the {name} of the grid; {text}"
+    if answer["timestep"] > SMALL:
+        return "no", f"{place(answer)} is not small; {text}"
+    return decided([others[least], others[most]]), f"{place(answer)}: {text}"
 
 
 def learned(best: Answer) -> tuple[str, str]:
     one = best["margins"]["random weights"]
     text = f"{100 * best['accuracy']:.1f} against {100 * one['accuracy']:.1f} %: {interval(one)}"
-    return ("yes" if one["low"] > 0 else "no" if one["high"] < 0 else "undecided"), text
+    return decided([one]), text
 
 
 def beyond_input(best: Answer) -> tuple[str, str]:
     inputs = [best["margins"][name] for name in ("pixels", "latents")]
     texts = [f"{interval(one)} over {name}" for name, one in zip(("pixels", "VAE latents"), inputs, strict=True)]
-    if all(one["low"] > 0 for one in inputs):
-        return "yes", "; ".join(texts)
-    return ("no" if any(one["high"] < 0 for one in inputs) else "undecided"), "; ".join(texts)
+    return decided(inputs), "; ".join(texts)
 
 
 def wrong_prompt(answer: Answer) -> tuple[str, str] | None:
@@ -82,11 +88,11 @@ def wrong_prompt(answer: Answer) -> tuple[str, str] | None:
 
 
 def other_granularity(answer: Answer) -> list[tuple[str, str]]:
-    """Of the coarser labels against this one: whether they are best known at another layer."""
+    """Of the other labels against this one: whether they are best known at another layer."""
     found = []
     for one in answer["labels"]:
-        other_layer = one["mine"]["layer"] != one["other"]["layer"]
-        verdict = "yes" if other_layer and clear(one) else "no" if not other_layer else "undecided"
+        # at one layer the margin is of two timesteps, and says nothing about layers
+        verdict = "no" if one["mine"]["layer"] == one["other"]["layer"] else decided([one])
         text = f"{one['mine']['label']} at its best, {place(one['mine'])}, over {place(one['other'])}: {interval(one)}"
         found.append((verdict, text))
     return found
@@ -175,10 +181,12 @@ runs both sweeps (about an hour on two cores; resumed after a stop), and writes 
 **Protocol.** Linear probes on mean-pooled features; three fits a cell, each on its own 90 % of the training images; one
 draw of the noise and of the random weights ([README](../README.md)'s table has five). L2 strength, layer and timestep
 are chosen on validation images, and every accuracy and margin is of test images. A margin's interval is a paired
-bootstrap over images and fits. *Yes* means that every interval of the row leaves 0 out on the side of the observation,
-*no* that one leaves it out on the other side or that the best cell itself lies at the edge in question, *undecided* all
-else. Margins are not corrected for the number of comparisons on this page: of those whose truth is 0 one in twenty
-leaves it out.
+bootstrap over images and fits. *Yes* means that every interval of the row leaves 0 out on the side of the observation;
+*no* that one leaves it out on the other side, or that the chosen cells themselves speak against it, whatever the
+intervals: the best layer or timestep is the edge in question, the best timestep is not small, or both labels are best
+known at the same layer; *undecided* all else. A timestep is small up to 250, a quarter of the schedule's 1,000 steps.
+Two labels with the same best cell have no row. Margins are not corrected for the number of comparisons on this page: of
+those whose truth is 0 one in twenty leaves it out.
 
 **Prompts that hold the class tell the model the answer.** With the class template every image is described by its own
 label, test images as well, so that the probe reads the prompt; with a wrong class, by another class than its own.

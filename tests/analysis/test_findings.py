@@ -95,6 +95,43 @@ def test_undecided_is_said(script: ModuleType) -> None:
     assert script.small_timestep(answer)[0] == "undecided"
 
 
+def margin(low: float, high: float, mine: Any = None, other: Any = None) -> dict[str, Any]:
+    place = {"layer": "mid", "timestep": 25, "label": "fine", "prompt": "empty"}
+    sides = {"mine": place | (mine or {}), "other": place | (other or {})}
+    return {"difference": (low + high) / 2, "low": low, "high": high, **sides}
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [(((0.1, 0.2), (0.1, 0.2)), "yes"), (((0.1, 0.2), (-0.2, -0.1)), "no"), (((0.1, 0.2), (-0.1, 0.2)), "undecided")],
+)
+def test_a_margin_that_is_negative_beyond_the_noise_is_no(script: ModuleType, ends: Any, verdict: str) -> None:
+    first, last = (margin(*end) for end in ends)
+    cell_of = {"layer": "mid", "timestep": 25}
+    assert script.inner_layer(cell_of | {"first layer": first, "last layer": last})[0] == verdict
+    timesteps = [margin(*end, other={"timestep": t}) for end, t in zip(ends, (0, 500), strict=True)]
+    assert script.small_timestep(cell_of | {"timesteps": timesteps})[0] == verdict
+
+
+@pytest.mark.parametrize(("timestep", "verdict"), [(250, "yes"), (500, "no")])
+def test_a_small_timestep_is_at_most_a_quarter_of_the_schedule(script: ModuleType, timestep: int, verdict: str) -> None:
+    timesteps = [margin(0.1, 0.2, other={"timestep": t}) for t in (0, 800)]
+    assert script.small_timestep({"layer": "mid", "timestep": timestep, "timesteps": timesteps})[0] == verdict
+    assert f"A timestep is small up to {script.SMALL}," in script.PREFACE
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "layer", "verdict"),
+    [(0.1, 0.2, "up", "yes"), (-0.1, 0.2, "up", "undecided"), (-0.2, -0.1, "up", "no"), (0.1, 0.2, "mid", "no")],
+)
+def test_another_layer_for_coarse_classes(
+    script: ModuleType, low: float, high: float, layer: str, verdict: str
+) -> None:
+    answer = {"labels": [margin(low, high, mine={"layer": layer, "label": "coarse"})]}
+    assert script.other_granularity(answer)[0][0] == verdict
+    assert "both labels are best\nknown at the same layer" in script.PREFACE
+
+
 def test_the_committed_page_is_of_the_committed_tables(script: ModuleType, tmp_path: Path) -> None:
     script.write(DOCS / "results" / "sweeps", tmp_path)
     assert (tmp_path / "findings.md").read_text() == (DOCS / "findings.md").read_text()

@@ -1,6 +1,7 @@
 """Figures of a sweep: that they show the numbers, that no text is cut off, and the page of what is best."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from diffusion_sae.analysis.sweep.results import SweepResults
 from diffusion_sae.cli.main import main
 from diffusion_sae.report.figures import sweeps as draw
 from diffusion_sae.report.grids import sweep_grids
+from diffusion_sae.report.sweep_observations import observation_table
 
 Row = dict[str, Any]
 LAYERS, TIMESTEPS = ("down_ft0", "bottleneck", "transformer_blocks.5.ff.net.0.proj"), (10, 100, 500)
@@ -92,13 +94,62 @@ def test_only_the_best_layers_are_drawn_where_there_are_many() -> None:
     assert "down_ft0" not in texts(figure)
 
 
-def test_granularity_is_relative_to_the_best_cell_and_to_chance() -> None:
-    own = rows(model="model-a", weights="trained", prompt="empty")
-    fine = draw.relative_accuracy(draw.pick(own, label="breed"))
-    coarse = draw.relative_accuracy(draw.pick(own, label="species"))
-    assert fine["bottleneck", 10] == coarse["bottleneck", 10] == 1
-    assert fine["bottleneck", 500] == pytest.approx((0.7 - 1 / 37) / (0.9 - 1 / 37))
-    assert "species (2 classes)" in texts(FIGURES["granularity_profile"]())
+def measured(label: str, classes: int, accuracies: dict[tuple[str, int], tuple[float, float]]) -> list[Row]:
+    """Three fits a cell, of (validation, test) accuracy by (layer, timestep); the tests are 0.01 apart."""
+    named = {"label": label, "num_labels": classes}
+    return [
+        named | {"layer": layer, "timestep": t, "validation_accuracy": validation, "test_accuracy": test + 0.01 * seed}
+        for (layer, t), (validation, test) in accuracies.items()
+        for seed in (-1, 0, 1)
+    ]
+
+
+# where validation and test disagree: validation chooses a, t = 10; test is best at b, t = 100
+DISAGREE = {("a", 10): (0.9, 0.7), ("a", 100): (0.6, 0.8), ("b", 10): (0.5, 0.6), ("b", 100): (0.4, 0.9)}
+
+
+def test_the_layers_drawn_are_chosen_on_validation_and_the_rest_is_counted() -> None:
+    figure = draw.layer_curves(measured("x", 4, DISAGREE), most=1)
+    assert "a" in texts(figure)
+    assert "b" not in texts(figure)
+    assert figure.axes[0].lines[0].get_ydata() == pytest.approx([70, 80])  # test
+    assert "timestep (of 2 layers the best 1 on validation images)" in texts(figure)
+    assert "timestep" in texts(draw.layer_curves(measured("x", 4, DISAGREE)))
+
+
+def test_granularity_is_relative_to_the_cell_chosen_on_validation_and_to_the_base_rate() -> None:
+    share = draw.relative_accuracy(measured("x", 4, DISAGREE))
+    assert share["a", 10][0] == pytest.approx(1)
+    assert share["b", 100][0] == pytest.approx((0.9 - 0.25) / (0.7 - 0.25))
+    share = draw.relative_accuracy(measured("x", 4, DISAGREE), base_rate=0.5)
+    assert share["b", 10] == pytest.approx((0.5, 4.30 * 0.01 / 3**0.5 / 0.2), rel=1e-3)
+    below = draw.relative_accuracy(measured("x", 4, DISAGREE), base_rate=0.75)
+    assert all(math.isnan(value) for value, _ in below.values())
+
+
+def test_the_granularity_profile_chooses_on_validation_and_names_its_base_rates() -> None:
+    own = measured("kind", 4, DISAGREE) + measured("fine", 10, DISAGREE)
+    figure = draw.granularity_profile(own, base_rates={"kind": 0.5})
+    check_text(figure)
+    assert {"kind (4 classes, shuffled: 50.0 %)", "fine (10 classes, 1/classes: 10.0 %)"} <= set(texts(figure))
+    left, right = figure.axes
+    assert left.lines[0].get_ydata() == pytest.approx([100, 50])  # a at t = 10; b at t = 10, not at 100
+    assert right.lines[0].get_ydata() == pytest.approx([100, 150])  # a both times, though b is better on test
+    assert len(left.collections) == len(right.collections) == 2  # intervals
+
+
+def test_the_head_is_named_where_there_are_several() -> None:
+    cell = {"layer": "up", "timestep": 10, "label": "fine", "prompt": "empty", "accuracy": 0.9}
+    margin = {"mine": cell, "other": cell, "difference": 0.1, "low": 0.0, "high": 0.2, "exceeds_noise": False}
+    answers = [
+        cell | {"model": "m", "head": head, "first layer": margin, "timesteps": [], "prompts": [], "labels": [margin]}
+        for head in ("linear", "mlp")
+    ]
+    header, lines = observation_table(answers)
+    assert header[0] == "model, label, head"
+    assert [line[0] for line in lines] == ["m, fine, linear probe"] * 2 + ["m, fine, mlp probe"] * 2
+    header, lines = observation_table(answers[:1])
+    assert (header[0], lines[0][0]) == ("model, label", "m, fine")
 
 
 def test_a_sweeps_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,11 +23,14 @@ def _row(of: str, what: str, answer: Answer) -> list[str]:
 
 def observation_table(answers: Sequence[Answer]) -> tuple[list[str], list[list[str]]]:
     """(header, rows): of each model, head and label the best cell against outer layers, the grid's first and last
-    timestep, other prompts, and the best cells of other labels.
+    timestep, other prompts, and the best cells of other labels. The head is named where there are several.
     """
+    heads = len({answer["head"] for answer in answers}) > 1
+    header = ["model, label, head", *HEADER[1:]] if heads else HEADER
     rows: list[list[str]] = []
     for answer in answers:
-        of = f"{answer['model']}, {answer['label']}"
+        head = f", {answer['head']} probe" if heads else ""
+        of = f"{answer['model']}, {answer['label']}{head}"
         rows += [
             _row(of, f"{place(answer)} against the {name}: {place(answer[name]['other'])}", answer[name])
             for name in ("first layer", "last layer")
@@ -41,10 +44,10 @@ def observation_table(answers: Sequence[Answer]) -> tuple[list[str], list[list[s
         ]
         rows += [
             _row(
-                f"{answer['model']}, {one['mine']['label']}",
+                f"{answer['model']}, {one['mine']['label']}{head}",
                 f"its best, {place(one['mine'])}, against the best of {answer['label']}, {place(answer)}",
                 one,
             )
             for one in answer["labels"]
         ]
-    return HEADER, rows
+    return header, rows

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .curves import Curve, curves, draw_curves
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
+Place = tuple[str, int]
+"""Layer and timestep."""
 AXES: dict[str, Any] = {"x_label": "timestep", "y_label": "accuracy (%)", "x_scale": "even"}
 
 
@@ -41,11 +43,22 @@ def ordered(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _cells(rows: Iterable[Row], *names: str) -> dict[tuple, list[float]]:
+def _cells(rows: Iterable[Row], *names: str, value: Callable[[Row], float] = accuracy) -> dict[tuple, list[float]]:
     grouped: dict[tuple, list[float]] = defaultdict(list)
     for row in rows:
-        grouped[tuple(row[name] for name in names)].append(accuracy(row))
+        grouped[tuple(row[name] for name in names)].append(value(row))
     return dict(grouped)
+
+
+def validation_means(rows: Iterable[Row]) -> dict[Place, float]:
+    """Mean validation accuracy over the fits of each (layer, timestep): what everything is chosen by."""
+    cells = _cells(rows, "layer", "timestep", value=lambda row: row["validation_accuracy"])
+    return {(layer, timestep): statistics.mean(values) for (layer, timestep), values in cells.items()}
+
+
+def _chosen(cells: Sequence[Place], validation: Mapping[Place, float]) -> Place:
+    """Of the cells the best one on validation images."""
+    return max(cells, key=lambda cell: validation.get(cell, -1.0))
 
 
 def accuracy_map(rows: Sequence[Row], *, title: str = "", chosen: tuple[str, int] | None = None) -> "Figure":
@@ -82,19 +95,23 @@ def layer_curves(
 ) -> "Figure":
     """Accuracy of the layers against the timestep with 95 % intervals over the fits; the best layers, in forward order.
 
+    Where layers are left out, the label of the timesteps says how many of them are drawn.
+
     Args:
         rows: fits of one model, prompt, head and label.
         title: above the curves.
         levels: horizontal lines, such as baselines, by name.
-        most: layers that are drawn; of more, those whose best cell is best.
+        most: layers that are drawn; of more, those whose best cell is best on validation images.
     """
     best: dict[str, float] = {}
-    for (layer, _), values in _cells(rows, "layer", "timestep").items():
-        best[layer] = max(best.get(layer, 0.0), statistics.mean(values))
+    for (layer, _), value in validation_means(rows).items():
+        best[layer] = max(best.get(layer, 0.0), value)
     kept = set(sorted(best, key=lambda layer: -best[layer])[:most])
     layers = [layer for layer in best if layer in kept]
     percents = {name: 100 * value for name, value in (levels or {}).items()}
-    return curves(_curves(rows, lambda row: row["layer"], layers), title=title, levels=percents, **AXES)
+    left_out = f" (of {len(best)} layers the best {most} on validation images)" if len(best) > most else ""
+    axes = AXES | {"x_label": AXES["x_label"] + left_out}
+    return curves(_curves(rows, lambda row: row["layer"], layers), title=title, levels=percents, **axes)
 
 
 def _best_layer_each(rows: Sequence[Row], *names: str) -> list[Row]:
@@ -102,10 +119,8 @@ def _best_layer_each(rows: Sequence[Row], *names: str) -> list[Row]:
     kept = []
     for key in ordered(tuple(row[name] for name in names) for row in rows):
         own = [row for row in rows if tuple(row[name] for name in names) == key]
-        validation: dict[tuple, list[float]] = defaultdict(list)
-        for row in own:
-            validation[row["layer"], row["timestep"]].append(row["validation_accuracy"])
-        layer, _ = max(validation, key=lambda cell: statistics.mean(validation[cell]))
+        validation = validation_means(own)
+        layer, _ = _chosen(list(validation), validation)
         kept += [row for row in own if row["layer"] == layer]
     return kept
 
@@ -150,23 +165,52 @@ def architecture_comparison(rows: Sequence[Row], *, title: str = "") -> "Figure"
     return curves(_curves(chosen, name, ordered(map(name, chosen))), title=title, **AXES)
 
 
-def relative_accuracy(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
-    """(accuracy − chance) / (best accuracy − chance) of each cell: what a label loses away from its best place."""
-    cells = {key: statistics.mean(values) for key, values in _cells(rows, "layer", "timestep").items()}
-    chance, best = 1 / rows[0]["num_labels"], max(cells.values())
-    return {key: (value - chance) / max(best - chance, 1e-9) for key, value in cells.items()}
+def relative_accuracy(rows: Sequence[Row], base_rate: float | None = None) -> dict[Place, tuple[float, float]]:
+    """(accuracy − base rate) / (best accuracy − base rate) of each cell: what a label loses away from its best place.
+
+    The best cell is the one chosen on validation images, so that another may exceed 1.
+
+    Args:
+        rows: fits of one model, prompt, head and label.
+        base_rate: the accuracy of one who does not look at the image; default 1 / classes, which is too low for
+            classes of unequal size.
+
+    Returns:
+        Of each (layer, timestep) the mean over the fits and half of its 95 % interval, best and base rate taken as
+        fixed; NaN if the best cell is not above the base rate.
+    """
+    cells = {
+        (layer, timestep): mean_and_interval(values)
+        for (layer, timestep), values in _cells(rows, "layer", "timestep").items()
+    }
+    validation = validation_means(rows)
+    base = 1 / rows[0]["num_labels"] if base_rate is None else base_rate
+    span = cells[_chosen(list(validation), validation)][0] - base
+    if span <= 0:
+        return dict.fromkeys(cells, (math.nan, math.nan))
+    return {key: ((value - base) / span, half / span) for key, (value, half) in cells.items()}
+
+
+def _share_curve(x: Sequence[float], chosen: Sequence[Place], share: Mapping[Place, tuple[float, float]]) -> Curve:
+    shares = [share.get(cell, (math.nan, math.nan)) for cell in chosen]
+    low, high = [100 * (v - half) for v, half in shares], [100 * (v + half) for v, half in shares]
+    return Curve(x, [100 * value for value, _ in shares], low, high)
 
 
 @styled
-def granularity_profile(rows: Sequence[Row], *, title: str = "") -> "Figure":
-    """Coarse against fine labels by layer and by timestep, each relative to its own best cell and to chance.
+def granularity_profile(
+    rows: Sequence[Row], *, title: str = "", base_rates: Mapping[str, float] | None = None
+) -> "Figure":
+    """Coarse against fine labels by layer and by timestep, each relative to its own best cell and base rate.
 
-    Left: the best timestep of each layer. Right: the best layer of each timestep. Where the coarse label keeps more of
-    its best than the fine one, only coarse semantics is left.
+    Left: the best timestep of each layer. Right: the best layer of each timestep. Both are chosen on validation images,
+    as is the best cell; test accuracies are drawn, with 95 % intervals over the fits. Where the coarse label keeps more
+    of its best than the fine one, only coarse semantics is left. The legend says each label's base rate.
 
     Args:
         rows: fits of one model, prompt and head with several labels.
         title: above the panels.
+        base_rates: of labels, the test accuracy of a probe fitted on shuffled labels; 1 / classes for those without.
     """
     labels = sorted(ordered(row["label"] for row in rows), key=lambda name: pick(rows, label=name)[0]["num_labels"])
     layers, timesteps = ordered(row["layer"] for row in rows), sorted({row["timestep"] for row in rows})
@@ -175,12 +219,14 @@ def granularity_profile(rows: Sequence[Row], *, title: str = "") -> "Figure":
     by_layer, by_timestep = {}, {}
     for label in labels:
         own = pick(rows, label=label)
-        share = relative_accuracy(own)
-        name = f"{label} ({own[0]['num_labels']} classes)"
-        best = [max(share.get((layer, t), math.nan) for t in timesteps) for layer in layers]
-        by_layer[name] = Curve(range(len(layers)), [100 * value for value in best])
-        best = [max(share.get((layer, t), math.nan) for layer in layers) for t in timesteps]
-        by_timestep[name] = Curve(timesteps, [100 * value for value in best])
+        classes, base_rate = own[0]["num_labels"], (base_rates or {}).get(label)
+        share, validation = relative_accuracy(own, base_rate), validation_means(own)
+        base = f"1/classes: {100 / classes:.1f} %" if base_rate is None else f"shuffled: {100 * base_rate:.1f} %"
+        name = f"{label} ({classes} classes, {base})"
+        chosen = [_chosen([(x, t) for t in timesteps], validation) for x in layers]
+        by_layer[name] = _share_curve(range(len(layers)), chosen, share)
+        chosen = [_chosen([(x, t) for x in layers], validation) for t in timesteps]
+        by_timestep[name] = _share_curve(timesteps, chosen, share)
     legend_below(figure, draw_curves(left, by_layer))
     draw_curves(right, by_timestep, x_scale="even")
     left.set_xticks(range(len(layers)), [shortened(x, 1.5, end=True) for x in layers], rotation=40, ha="right")
