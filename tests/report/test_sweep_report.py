@@ -17,6 +17,7 @@ from diffusion_sae.analysis.sweep.results import SweepResults
 from diffusion_sae.cli.main import main
 from diffusion_sae.report.figures import sweeps as draw
 from diffusion_sae.report.grids import sweep_grids
+from diffusion_sae.report.sweep import sweep_figures
 from diffusion_sae.report.sweep_observations import observation_table
 
 Row = dict[str, Any]
@@ -181,6 +182,8 @@ def test_a_sweeps_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for path in result["figures"]:
         assert f'src="{Path(path).name}"' in page
         assert Path(path).stat().st_size > 5000
+    (profile,) = [figure for name, (_, figure) in sweep_figures(SweepResults.read(folder)).items() if "granul" in name]
+    assert {text.split(", ")[1].split(":")[0] for text in texts(profile) if " classes, " in text} == {"shuffled"}
     grids = sweep_grids(SweepResults.read(folder))
     assert grids[0].chosen == (best["layer"], best["timestep"])
     row, column = grids[0].layers.index(best["layer"]), list(grids[0].timesteps).index(best["timestep"])

@@ -65,7 +65,8 @@ def sweep_figures(results: SweepResults) -> dict[str, tuple[str, "Figure"]]:
         } | {name: entry["accuracy"] for name, entry in best["margins"].items() if name == "random weights"}
         if len({row["timestep"] for row in own}) > 1:
             figures[_slug("curves", model, head, label)] = (
-                f"Accuracy of {title}, with 95 % intervals over the fits; baselines as lines.",
+                f"Accuracy of {title}, with 95 % intervals over the fits; baselines as lines. Of more "
+                "than six layers those that are best on validation images.",
                 draw.layer_curves(own, title=title, levels=levels),
             )
     return figures | _comparisons(results, rows)
@@ -94,10 +95,17 @@ def _comparisons(results: SweepResults, rows: list[Row]) -> dict[str, tuple[str,
         prompts = {best["prompt"] for best in results.summary["best"] if (best["model"], best["head"]) == (model, head)}
         for prompt in sorted(prompts)[:1]:
             own = draw.pick(trained, model=model, head=head, prompt=prompt)
+            base_rates = {
+                best["label"]: best["margins"]["shuffled labels"]["accuracy"]
+                for best in draw.pick(results.summary["best"], model=model, head=head)
+                if "shuffled labels" in best["margins"]
+            }
             if len({row["label"] for row in own}) > 1:
                 figures[_slug("granularity", model, head)] = (
-                    f"Coarse against fine labels in {model}: accuracy above chance, relative to the label's best cell.",
-                    draw.granularity_profile(own, title=f"{model}, "),
+                    f"Coarse against fine labels in {model}: accuracy above the base rate, that of a probe fitted on "
+                    "shuffled labels, relative to the label's best cell, with 95 % intervals over the fits. Layers, "
+                    "timesteps and the best cell are chosen on validation images.",
+                    draw.granularity_profile(own, title=f"{model}, ", base_rates=base_rates),
                 )
     return figures
 
