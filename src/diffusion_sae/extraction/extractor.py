@@ -274,9 +274,7 @@ class DiffusionFeatureExtractor:
         Raises:
             ValueError: for a layer or timestep that this extractor does not take.
         """
-        narrowed = copy.copy(self)
-        narrowed.provenance = provenance = self.provenance.select(layer, timestep)
-        narrowed.config = dataclasses.replace(self.config, layers=provenance.layers, timesteps=provenance.timesteps)
+        narrowed = self.changed(self.provenance.select(layer, timestep))
         narrowed._module_paths = {layer: self._module_paths[layer]}
         return narrowed
 
@@ -287,9 +285,13 @@ class DiffusionFeatureExtractor:
             views: of a store's images; 0: none.
             settings: `view_area` and `view_flip`, as in ExtractorConfig.
         """
+        return self.changed(dataclasses.replace(self.provenance.plain(), views=views, **settings))
+
+    def changed(self, provenance: Provenance) -> Self:
+        """The same loaded model for the extraction of another record, which must be of its model and weights."""
         changed = copy.copy(self)
-        changed.provenance = dataclasses.replace(self.provenance.plain(), views=views, **settings)
-        changed.config = changed.provenance.settings
+        changed.provenance = provenance
+        changed.config = provenance.settings
         return changed
 
     def stream(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...extraction.extractor import DiffusionFeatureExtractor
-from ...extraction.sources import open_images
+from ...extraction.sources import ImageSource
 from ...provenance import DTYPES
 from ...zoo import embedded_datasets, embedded_models
 from .config import SweepConfig
@@ -105,14 +105,21 @@ def _cost(spec: ModelSpec, config: SweepConfig, flops: float) -> ModelCost:
     )
 
 
-def _image_counts(config: SweepConfig) -> tuple[dict[str, int | None], list[str], str]:
+def _opened(config: SweepConfig) -> dict[str, ImageSource] | None:
+    """The images by role, if they are on this machine."""
+    here = config.dataset in embedded_datasets() or Path(config.dataset).exists()
+    return open_splits(config) if here else None
+
+
+def _image_counts(
+    config: SweepConfig, opened: dict[str, ImageSource] | None
+) -> tuple[dict[str, int | None], list[str], str]:
     """Images a role, the classes' names if they are known, and where it is known from."""
     roles = list(config.splits)
     limit = config.limit
-    if config.dataset in embedded_datasets() or Path(config.dataset).exists():
-        sources = {role: open_images(config.dataset, split).first(limit) for role, split in config.splits.items()}
-        counts: dict[str, int | None] = {role: len(source) for role, source in sources.items()}
-        return counts, sources["train"].class_names or [], "the data"
+    if opened is not None:
+        counts: dict[str, int | None] = {role: len(source) for role, source in opened.items()}
+        return counts, opened["train"].class_names or [], "the data"
     if config.num_images:
         given = config.num_images if len(config.num_images) == len(roles) else ()
         counts = {role: min(n, limit or n) for role, n in zip(roles, given, strict=bool(given))}
@@ -122,10 +129,10 @@ def _image_counts(config: SweepConfig) -> tuple[dict[str, int | None], list[str]
     return dict.fromkeys(roles), [], "nothing: the data are not on this machine; give num_images for an estimate"
 
 
-def _class_counts(config: SweepConfig) -> list[int]:
+def _class_counts(config: SweepConfig, opened: dict[str, ImageSource] | None) -> list[int]:
     """Of each label; 100 where nothing says how many."""
-    if config.dataset in embedded_datasets() or Path(config.dataset).exists():
-        return [task.num_labels for task in tasks(config, open_splits(config))]
+    if opened is not None:
+        return [task.num_labels for task in tasks(config, opened)]
     return [len(spec.groups) if spec.groups else 100 for spec in config.label_specs]
 
 
@@ -149,7 +156,8 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     """What `Sweep(config).run()` would extract and fit, with estimates; nothing is downloaded, extracted or fitted."""
     for head in config.head_specs:
         check_head(head)
-    counts, class_names, images_from = _image_counts(config)
+    opened = _opened(config)
+    counts, class_names, images_from = _image_counts(config, opened)
     known = [count for count in counts.values() if count is not None]
     images = sum(known) if len(known) == len(counts) else None
     flops = _matmul_flops()
@@ -167,7 +175,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
             * len(linear)
             * _fit_seconds(costs[source.model.name], training, classes, config, flops)
             for source in sources
-            for classes in _class_counts(config)
+            for classes in _class_counts(config, opened)
         )
     return {
         "dataset": config.dataset,
