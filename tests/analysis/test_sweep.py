@@ -313,6 +313,7 @@ def test_prompts_of_a_class(tmp_path: Path) -> None:
         ({"heads": ("no-such-head",)}, "has no usual pooling"),
         ({"heads": ({"head": "mlp", "optimizer": "lbfgs"},)}, "'mlp' of the sweep, .*lbfgs is for the linear head"),
         ({"heads": ({"head": "linear", "bf16": True},)}, "'linear' of the sweep, .*bf16 belongs to optimizer='adamw'"),
+        ({"heads": ({"head": "diff-c", "batch_size": 1},)}, "'diff-c' of the sweep, .*Use a batch_size ≥ 2"),
         ({"heads": ({"head": "diff-c", "pooling": "mean"},)}, "'diff-c' of the sweep, on features of pooling 'mean'"),
         ({"heads": ({"head": "linear", "pooling": "none"},)}, "'linear' of the sweep, on features of pooling 'none'"),
         ({"heads": ({"head": "attention", "pooling": "max"},)}, "'attention' of the sweep, on features of pooling"),

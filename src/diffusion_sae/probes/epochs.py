@@ -9,20 +9,18 @@ from tqdm.auto import tqdm
 
 from .._training import MetricsLogger, load_checkpoint, require_finite_loss, save_checkpoint
 from ..features.order import epoch_order, generator_of
+from .modeling import DiffusionProbe
 from .results import ProbeMetrics, ProbeTrainingResult
 from .run import Run
+from .training_args import ProbeTrainingArguments
 
 
 def fit_adamw(run: Run) -> ProbeTrainingResult:
     """The epoch that is best on validation; an epoch is the unit of resuming.
 
     Of several processes each computes a share of every batch; the main one validates and writes.
-
-    Raises:
-        ValueError: for batches of one row with a head that has batch statistics, and for fp16 weights.
     """
     args, probe, processes = run.args, run.probe, run.processes
-    _require_trainable(run)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     best = {name: value.clone() for name, value in probe.state_dict().items()}
     # epochs done; best score, loss, epoch
@@ -56,9 +54,10 @@ def fit_adamw(run: Run) -> ProbeTrainingResult:
     return ProbeTrainingResult(_best_metrics(run, int(state[3]), logger), {"epoch": state[3].item()}, logger.history)
 
 
-def _require_trainable(run: Run) -> None:
-    head, dtype = run.probe.head, run.probe.dtype
-    if run.args.batch_size == 1 and has_batch_statistics(head):
+def require_trainable(probe: DiffusionProbe, args: ProbeTrainingArguments) -> None:
+    """Raise ValueError for batches of one row with a head that has batch statistics, and for fp16 weights."""
+    head, dtype = probe.head, probe.dtype
+    if args.batch_size == 1 and has_batch_statistics(head):
         raise ValueError(
             f"The head {head.name} has BatchNorm, which cannot learn from the statistics of a single row, got "
             "batch_size=1. Use a batch_size ≥ 2."

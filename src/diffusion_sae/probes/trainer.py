@@ -10,7 +10,7 @@ from .._files import fingerprint_of, require_writable_folder
 from ..features import AlignedFeatures, FeatureSet
 from ..features.aligned import same_images
 from ..provenance import require_same_provenance
-from .epochs import fit_adamw
+from .epochs import fit_adamw, require_trainable
 from .examples import Examples, Features, Views
 from .heads.base import Batches, Head
 from .modeling import DiffusionProbe
@@ -97,6 +97,8 @@ class ProbeTrainer:
         self.views = self._required_views(views, allow_mismatch)
         self.optimizer_name = optimizer_of(type(self.probe.head), args.optimizer)
         self._refuse_unused_options()
+        if self.optimizer_name == "adamw":
+            require_trainable(probe, args)
         self.class_weights = class_weights_of(args, probe, self.labels[self.train_rows])
 
     def _refuse_unused_options(self) -> None:
