@@ -50,9 +50,8 @@ def scores_of(
 
 
 def group_size(latents: int, k: int) -> int:
-    """Elements a group for `top_k`: the measured optimum lies near 1.6 √(n / k) for n from 2,048 to 81,920.
-
-    A multiple of 32 where it can be, in which a maximum takes a fifth of the time.
+    """Elements a group for `top_k`, near 1.6 √(n / k): more groups cost more in finding the largest maxima, larger ones
+    in looking through their members. A multiple of 32 where it can be, over which `amax` runs in whole vectors.
     """
     best = 1.6 * math.sqrt(latents / k)
     return 16 if best < 16 else 32 * max(1, min(4, round(best / 32)))
@@ -85,7 +84,7 @@ def top_k(scores: Float[Tensor, "r n"], k: int, members: int) -> tuple[Float[Ten
 
 
 def group_maxima(scores: Float[Tensor, "r n"], members: int) -> Float[Tensor, "r groups"]:
-    if members % 32:  # no whole vectors: over these `amax` takes three times as long as pooling
+    if members % 32:  # no whole vectors for `amax`, which is slower there than pooling
         return F.max_pool1d(scores[:, None], members)[:, 0]  # (r, 1, n) -> (r, 1, groups)
     return scores.view(len(scores), -1, members).amax(2)
 

@@ -44,8 +44,8 @@ class TrainingStep:
         self.processes = SAEProcesses(cpu=sae.device.type == "cpu") if processes is None else processes
         sae.over_processes = self.processes.mean if self.processes.count > 1 else None
         self.rows_until_dead = args.rows_until_dead(sae.config.num_latents, sae.config.k)
-        both = sae.W_enc.requires_grad and sae.W_dec.requires_grad
-        self.fused = args.optimizer == "adam" and sae.config.activation not in DENSE and both
+        trained = sae.W_enc.requires_grad and sae.W_dec.requires_grad  # frozen weights are left to the optimiser
+        self.fused = args.optimizer == "adam" and sae.config.activation not in DENSE and trained
         make: Any = getattr(torch.optim, OPTIMIZERS[args.optimizer])
         self.learning_rate = args.peak_learning_rate(sae.config.d_in)
         self.optimizer: torch.optim.Optimizer = make(sae.parameters(), lr=self.learning_rate)
