@@ -1,5 +1,8 @@
 """BatchTopK against a global top-k over dense latents, JumpReLU against its formulas, the threshold's average."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +12,7 @@ from diffusion_sae.sae import activations
 from diffusion_sae.sae.activations import JumpReLU, Step, batch_top_k
 from diffusion_sae.sae.losses import l0_penalty, l1_penalty
 from diffusion_sae.sae.selection import encode_top_k
-from diffusion_sae.sae.sparse import SparseGradients
+from diffusion_sae.sae.sparse import Encode, SparseGradients
 
 D_IN, NUM_LATENTS, K = 6, 40, 3
 
@@ -23,6 +26,13 @@ def dense_batch_top_k(features: Tensor, bias: Tensor, W_enc: Tensor, b_enc: Tens
     latent_acts = ((features - bias) @ W_enc.T + b_enc).relu()
     kept = latent_acts.detach().flatten().topk(len(features) * k).indices
     return latent_acts * torch.zeros(latent_acts.numel()).index_fill_(0, kept, 1.0).view_as(latent_acts)
+
+
+def encoded(*tensors: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
+    """As the SAE does it: with the gradients of the dense product, free places 0."""
+    *of_product, k = tensors
+    values, indices = Encode.apply(*of_product, partial(batch_top_k, k=k), None, changes.get("collect"))
+    return values.relu(), indices
 
 
 def to_dense(code: tuple[Tensor, Tensor], latents: int = NUM_LATENTS) -> Tensor:
@@ -56,7 +66,7 @@ class TestBatchTopK:
         tensors = [features, bias, draw(NUM_LATENTS, D_IN, seed=2), draw(NUM_LATENTS, seed=3) * 0.1 + shift]
         got = [tensor.clone().requires_grad_() for tensor in tensors]
         expected = [tensor.clone().requires_grad_() for tensor in tensors]
-        code, dense = batch_top_k(*got, k), dense_batch_top_k(*expected, k)
+        code, dense = encoded(*got, k), dense_batch_top_k(*expected, k)
         torch.testing.assert_close(to_dense(code), dense)
         assert (code[0] >= 0).all()
         assert code[0].shape[1] == max(1, int((dense > 0).sum(1).max())), "as wide as the widest row"
@@ -78,21 +88,28 @@ class TestBatchTopK:
         offered = []
 
         def look(*args: Tensor, k: int) -> tuple[Tensor, Tensor]:
-            offered.append(k)
+            offered.append((len(args[0]), k))
             return encode_top_k(*args, k=k)
 
         monkeypatch.setattr(activations, "encode_top_k", lambda f, w, b, k: look(f, w, b, k=k))
         weights = draw(NUM_LATENTS, D_IN, seed=2), torch.zeros(NUM_LATENTS)
         alike = CASES["even"][0][:1].expand(20, -1)
-        for features, doublings in ((alike, [2 * K]), (skewed(20), [2 * K, 4 * K, 8 * K])):
+        for features, expected in ((alike, [(20, 2 * K)]), (skewed(20), [(20, 2 * K), (5, 4 * K), (1, 8 * K)])):
             offered.clear()
-            values, _ = batch_top_k(features, torch.zeros(D_IN), *weights, K)
-            assert offered == [*doublings, values.shape[1]]
+            values, _ = batch_top_k(features, *weights, k=K)
+            assert offered == expected, "(rows, latents): those alone whose last offer was wanted"
+            assert (values > 0).sum() == len(features) * K
+
+    def test_no_more_than_asked_where_many_are_equal(self) -> None:
+        alike = draw(1, D_IN).expand(20, -1)
+        values, _ = batch_top_k(alike, draw(NUM_LATENTS, D_IN).abs() * 0 + alike[0], torch.zeros(NUM_LATENTS), k=K)
+        assert (values > 0).sum() == 20 * K
 
     def test_gradients_noted_instead_of_formed(self) -> None:
         W_enc = draw(NUM_LATENTS, D_IN, seed=2).requires_grad_()
         notes = SparseGradients(NUM_LATENTS)
-        batch_top_k(CASES["even"][0], torch.zeros(D_IN), W_enc, torch.zeros(NUM_LATENTS), K, notes)[0].sum().backward()
+        tensors = CASES["even"][0], torch.zeros(D_IN), W_enc, torch.zeros(NUM_LATENTS)
+        encoded(*tensors, K, collect=notes)[0].sum().backward()
         assert W_enc.grad is None
         assert len(notes.W_enc) == 1
 

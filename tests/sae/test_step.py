@@ -125,8 +125,20 @@ def test_micro_batches_come_to_the_whole_batch(superposition: Callable[..., Tens
     whole, parts = make_step(), make_step(micro_batch_size=5)
     for got, expected in zip(run(parts, features), run(whole, features), strict=True):
         torch.testing.assert_close(got.loss, expected.loss, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.fvu, expected.fvu, rtol=1e-4, atol=1e-5)
         assert got.top_acts.shape == got.top_indices.shape == (ROWS * K,)
     assert_same_state(parts, whole)
+
+
+def test_the_threshold_of_batchtopk_is_that_of_an_average_micro_batch(superposition: Callable[..., Tensor]) -> None:
+    features = superposition(3 * ROWS)
+    step = make_step("batchtopk", micro_batch_size=ROWS // 2)
+    smallest = []
+    for batch in features.split(ROWS):
+        acts = [step.sae.train()(part).top_acts for part in batch.split(ROWS // 2)]
+        smallest.append(sum(part[part > 0].min().item() for part in acts) / 2)
+        step(batch, LEARNING_RATE)
+        assert step.sae.threshold.item() == pytest.approx(sum(smallest) / len(smallest), rel=1e-5)
 
 
 def test_gradients_that_are_kept_for_clipping_are_those_formed_twice(
@@ -200,6 +212,7 @@ def test_a_checkpoint_continues_bit_for_bit(
     loaded = load_checkpoint(tmp_path, resumed.sae, resumed.optimizer, run="a", history=[])
     assert loaded is not None
     resumed.rows_since_active.copy_(loaded["rows_since_active"])
+    resumed.steps_done = 2
     run(resumed, features[2 * ROWS :])
     assert_same_state(resumed, step, rtol=0, atol=0)
     assert resumed.sae.W_enc.stride() == (1, D_IN)

@@ -56,8 +56,15 @@ def train(folder: Path, count: int, config: dict, changes: dict) -> None:
 
 @pytest.mark.parametrize(
     ("config", "changes"),
-    [({}, {}), ({"matryoshka_sizes": [16, 64]}, {"optimizer": "adamw", "ema_decay": 0.9})],
-    ids=["fused", "another optimiser, nested, averaged"],
+    [
+        ({}, {}),
+        ({"matryoshka_sizes": [16, 64]}, {"optimizer": "adamw", "ema_decay": 0.9}),
+        ({"activation": "batchtopk"}, {}),
+        ({"activation": "batchtopk"}, {"multi_topk_alpha": 0.125, "optimizer": "adamw"}),
+        ({"activation": "jumprelu", "jumprelu_bandwidth": 0.1}, {"sparsity_coefficient": 0.3, "auxk": 0}),
+        ({"activation": "relu"}, {"auxk": 0}),
+    ],
+    ids=["fused", "another optimiser, nested, averaged", "batchtopk", "batchtopk, not fused", "jumprelu", "relu"],
 )
 def test_two_processes_give_the_curve_of_one(config: dict, changes: dict, tmp_path: Path) -> None:
     _require_same_training(tmp_path, config, changes, {})
@@ -93,8 +100,10 @@ def _require_same_training(tmp_path: Path, config: dict, changes: dict, of_two: 
     assert [entry["step"] for entry in curves[2]] == [*range(5, 31, 5)]
     for one, two in zip(curves[1], curves[2], strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+        assert two["fvu"] == pytest.approx(one["fvu"], abs=1e-4)
         assert two["dead_latents"] == one["dead_latents"]
-    assert any(entry["dead_latents"] > 0 for entry in curves[1]), "AuxK had nothing to do"
+    if changes.get("auxk") != 0:
+        assert any(entry["dead_latents"] > 0 for entry in curves[1]), "AuxK had nothing to do"
     weights = [load_file(tmp_path / str(count) / "model.safetensors") for count in (1, 2)]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-3, msg=name)

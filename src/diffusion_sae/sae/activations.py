@@ -14,41 +14,58 @@ batch, so that a row's latents do not depend on the other rows. TopK takes the l
 magnitudes.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .selection import encode_top_k
-from .sparse import Encode, SparseGradients
+from .processes import WholeBatch
+from .selection import encode_top_k, in_few_places
 
 
 def batch_top_k(
-    features: Float[Tensor, "N d_in"],
-    bias: Float[Tensor, "*N d_in"],
+    centered: Float[Tensor, "N d_in"],
     W_enc: Float[Tensor, "n d_in"],
     b_enc: Float[Tensor, " n"],
+    *,
     k: int,
-    collect: SparseGradients | None = None,
+    num_latents: int | None = None,
+    shared: WholeBatch | None = None,
 ) -> tuple[Float[Tensor, "N most"], Int[Tensor, "N most"]]:
-    """The N·k largest positive pre-activations of all rows, with gradients; a row's free places hold 0.
+    """The k · rows largest pre-activations of all rows, where positive; a row's free places hold −∞. For `Encode`.
 
-    Exact with a memory of O(N k): each row offers its largest 2 k, and more if a row's last offer was still wanted.
+    Exact with a memory of O(N k): each row offers its largest 2 k, and more where its last offer was still wanted.
+
+    Args:
+        centered: features − bias.
+        k: latents of a row on average.
+        num_latents: of all processes, where each holds a share of them; None: those of W_enc.
+        shared: the batch, of which other processes may have rows or latents; their offers compete too.
     """
-    rows, latents = len(features), len(W_enc)
-    offered = min(latents, 2 * k)
+    shared = shared or WholeBatch()
+    available = shared.largest(len(W_enc) if num_latents is None else num_latents)
+    width = min(available, 2 * k)
+    values, indices = _widened(*encode_top_k(centered, W_enc, b_enc, min(width, len(W_enc))), width)
     while True:
-        with torch.no_grad():
-            values, _ = encode_top_k(features - bias, W_enc, b_enc, offered)
-            floor = values.flatten().topk(min(rows * k, values.numel()), sorted=False).values.amin()
-        if offered == latents or not bool((values.amin(1) >= floor).any()):
+        every = shared.offers(values)
+        kept = every.flatten().topk(min(len(every) * k, every.numel()), sorted=False)
+        wanted = every.amin(2) >= kept.values.amin()
+        if width == available or not bool(wanted.any()):
             break
-        offered = min(latents, 2 * offered)
-    most = max(1, int(((values >= floor) & (values > 0)).sum(1).max()))
-    values, indices = Encode.apply(features, bias, W_enc, b_enc, partial(encode_top_k, k=most), None, collect)  # type: ignore[misc]
-    return torch.where((values >= floor) & (values > 0), values, 0.0), indices
+        width = min(available, 2 * width)
+        rows = torch.nonzero(shared.own(wanted[..., None]).flatten()).flatten()
+        values, indices = _widened(values, indices, width)
+        more = encode_top_k(centered[rows], W_enc, b_enc, min(width, len(W_enc)))
+        values[rows], indices[rows] = _widened(*more, width)
+    chosen = torch.zeros(every.numel(), dtype=torch.bool, device=every.device).index_fill_(0, kept.indices, True)
+    return in_few_places(values, indices, shared.own(chosen.view_as(every)) & (values > 0))
+
+
+def _widened(values: Tensor, indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    more = (0, width - values.shape[1])
+    return F.pad(values, more, value=-torch.inf), F.pad(indices, more)
 
 
 class JumpReLU(torch.autograd.Function):

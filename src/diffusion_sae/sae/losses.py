@@ -1,12 +1,13 @@
 """What an SAE is trained on, each a function of small tensors: no weights, no Hub."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .processes import WholeBatch
 from .sparse import NormalizedMSE, row_parts
+
+WHOLE = WholeBatch()
 
 
 def normalized_mse(reconstruction: Tensor, target: Tensor) -> Float[Tensor, ""]:
@@ -19,23 +20,20 @@ def fraction_of_variance_unexplained(reconstruction: Tensor, target: Tensor) -> 
     return (target - reconstruction).pow(2).sum() / total_variance(target)
 
 
-def total_variance(target: Tensor) -> Float[Tensor, ""]:
-    """Σ‖x − x̄‖² over the rows."""
-    mean = target.mean(0)
-    return torch.stack([torch.linalg.vector_norm(part - mean).square() for (part,) in row_parts(target)]).sum()
+def total_variance(target: Tensor, shared: WholeBatch = WHOLE) -> Float[Tensor, ""]:
+    """Σ‖x − x̄‖² over the rows; of a shared batch, whose mean x̄ is, the mean of all shares' sums."""
+    mean = shared.mean(target.mean(0))
+    parts = [torch.linalg.vector_norm(part - mean).square() for (part,) in row_parts(target)]
+    return shared.mean(torch.stack(parts).sum())
 
 
-def auxk_loss(
-    estimate: Tensor, residual: Tensor, over_processes: Callable[[Tensor], Tensor] | None = None
-) -> Float[Tensor, ""]:
+def auxk_loss(estimate: Tensor, residual: Tensor, shared: WholeBatch = WHOLE) -> Float[Tensor, ""]:
     """Σ‖e − ê‖² / Σ‖e‖², e = x − x̂ without gradient, ê what dead latents make of it (Gao et al. 2024, §A.2).
 
-    ê has no b_dec: x̂ has it already, and e is what x̂ leaves over.
+    ê has no b_dec: x̂ has it already, and e is what x̂ leaves over. The mean of all shares' losses is that of the batch.
     """
     residual = residual.detach()
-    total = residual.pow(2).sum()
-    if over_processes is not None:  # its mean, so that the mean of the losses is the loss of the whole batch
-        total = over_processes(total)
+    total = shared.mean(residual.pow(2).sum())
     return (estimate - residual).pow(2).sum() / total.clamp_min(1e-12)
 
 
@@ -44,6 +42,10 @@ def l1_penalty(latent_acts: Tensor, decoder_norms: Tensor, target: Tensor) -> Fl
     return ((latent_acts * decoder_norms).sum(-1) / target.norm(dim=-1).clamp_min(1e-12)).mean()
 
 
-def l0_penalty(active: Tensor, k: int) -> Float[Tensor, ""]:
-    """(L0 / k − 1)², L0 the mean number of active latents: k as the aim (Rajamanoharan et al. 2024, §A)."""
-    return (active.sum(-1).mean() / k - 1).pow(2)
+def l0_penalty(active: Tensor, k: int, shared: WholeBatch = WHOLE) -> Float[Tensor, ""]:
+    """(L0 / k − 1)², L0 the mean number of active latents: k as the aim (Rajamanoharan et al. 2024, §A).
+
+    The mean of all shares' gradients is that of the batch, whose L0 it is.
+    """
+    l0 = active.sum(-1).mean()
+    return (l0 - l0.detach() + shared.mean(l0.detach())).div(k).sub(1).pow(2)

@@ -1,7 +1,7 @@
 """KSparseAutoencoder: the model, free of training and of the Hub's details."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,7 +22,8 @@ from .export_code import ExportsCode
 from .foreign import load_foreign, save_foreign
 from .initialisation import initial_weights
 from .latent_table import DescribedLatents
-from .losses import auxk_loss, l0_penalty, l1_penalty, normalized_mse, total_variance
+from .losses import WHOLE, auxk_loss, l0_penalty, l1_penalty, normalized_mse, total_variance
+from .processes import WholeBatch
 from .rows import Rows, Timesteps, checked_features, timestep_index
 from .selection import encode_above, encode_top_k
 from .sparse import Choose, DecodeRows, Encode, NormalizedMSE, SparseGradients
@@ -67,8 +68,6 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
         if config.timesteps is not None:
             self.register_buffer("timestep_scale", torch.ones(len(config.timesteps)))
         self._collect: SparseGradients | None = None
-        self.over_processes: Callable[[Tensor], Tensor] | None = None
-        """Mean of a number over the processes that train together, if there are several."""
         self.post_init()
 
     @classmethod
@@ -190,6 +189,7 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
         k: int | None = None,
         multi_topk_alpha: float = 0.0,
         sparsity_coefficient: float = 0.0,
+        shared: WholeBatch = WHOLE,
     ) -> KSparseAutoencoderOutput:
         """Reconstruct features. In training mode batchtopk chooses among all rows of the batch, and relu and jumprelu
         compute all latents, for their penalties; in evaluation mode a row's latents are those of `encode`.
@@ -202,21 +202,22 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
             timesteps: of an SAE over several timesteps: each row's, or one for all.
             k: another k than the config's, while it is annealed.
             multi_topk_alpha: weight of the loss with 4 k latents (Gao et al. 2024, §A.6, "Multi-TopK": 1/8), by which
-                more latents than k still help; TopK activations only.
+                more latents than k still help; not for relu and jumprelu.
             sparsity_coefficient: weight of the penalty of `relu` and `jumprelu`.
+            shared: the batch, where `features` are a process's share of it; all must call together.
         """
         rows = self._rows(features, timesteps)
         target = features.to(self.dtype)
         sparsity = target.new_zeros(())
         if self.config.activation in DENSE and self.training:
-            code, decoded, sparsity = self._dense_pass(rows, target)
+            code, decoded, sparsity = self._dense_pass(rows, target, shared)
             reconstruction = rows.back(decoded)
             loss, error = NormalizedMSE.apply(reconstruction, target)  # type: ignore[misc]
         else:
             more = None
             if multi_topk_alpha:  # one product for both: the k largest are among the 4 k largest
                 more = self._chosen(rows, k=min(4 * (k or self.config.k), self.config.num_latents))
-            code = self._code(rows, k, more)
+            code = self._code(rows, k, more, shared)
             reconstruction, loss, error = self._nested(rows, code, target)
             if more is not None:
                 loss = loss + multi_topk_alpha * normalized_mse(rows.back(self._decoded(more, rows.bias)), target)
@@ -224,18 +225,18 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
         if auxk and dead_latents is not None and bool(dead_latents.any()):
             dead = torch.nonzero(dead_latents).flatten()
             estimate = self._decoded(self._chosen(rows, k=min(auxk, len(dead)), subset=dead))
-            aux = auxk_loss(rows.scaled(estimate), target - reconstruction, self.over_processes)
+            aux = auxk_loss(rows.scaled(estimate), target - reconstruction, shared)
         return KSparseAutoencoderOutput(
             loss=loss + auxk_alpha * aux + sparsity_coefficient * sparsity,
             reconstruction=reconstruction,
             top_acts=code.top_acts,
             top_indices=code.top_indices,
-            fvu=error / total_variance(target),
+            fvu=shared.mean(error) / total_variance(target, shared),
             auxk_loss=aux.detach(),
             sparsity_loss=sparsity.detach(),
         )
 
-    def _code(self, rows: Rows, k: int | None, more: SparseCode | None) -> SparseCode:
+    def _code(self, rows: Rows, k: int | None, more: SparseCode | None, shared: WholeBatch) -> SparseCode:
         if self.config.activation in TOP_K and more is not None:
             best = more.top_acts.detach().topk(k or self.config.k, dim=1, sorted=False).indices
             return SparseCode(more.top_acts.gather(1, best), more.top_indices.gather(1, best))
@@ -243,8 +244,9 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
             return self._chosen(rows, k=k)
         if not self.training:
             return self._above_threshold(rows)
-        weights = (self.W_enc.T, self.b_enc)
-        return SparseCode(*batch_top_k(rows.normalised, rows.bias, *weights, k or self.config.k, self._collect))
+        choose = partial(batch_top_k, k=k or self.config.k, num_latents=self.config.num_latents, shared=shared)
+        values, indices = self._encoded(rows, choose)
+        return SparseCode(F.relu(values), indices)
 
     @property
     def held(self) -> slice:
@@ -272,7 +274,7 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
             low = high
         return reconstruction, torch.stack(losses).mean(), error
 
-    def _dense_pass(self, rows: Rows, target: Tensor) -> tuple[SparseCode, Tensor, Tensor]:
+    def _dense_pass(self, rows: Rows, target: Tensor, shared: WholeBatch) -> tuple[SparseCode, Tensor, Tensor]:
         """`relu` and `jumprelu`, in whose training any number of latents is active: code, decoded rows, penalty."""
         pre_acts = F.relu(self._dense_pre_acts(rows))
         if self.config.activation == "relu":
@@ -281,7 +283,8 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
         else:
             threshold, width = self.log_threshold.exp(), self.config.jumprelu_bandwidth
             latent_acts: Tensor = JumpReLU.apply(pre_acts, threshold, width)  # type: ignore[assignment]
-            sparsity = l0_penalty(Step.apply(pre_acts, threshold, width), self.config.k)  # type: ignore[arg-type]
+            active: Tensor = Step.apply(pre_acts, threshold, width)  # type: ignore[assignment]
+            sparsity = l0_penalty(active, self.config.k, shared)
         return SparseCode.of_dense(latent_acts.detach()), latent_acts @ self.W_dec + rows.bias, sparsity
 
     @torch.no_grad()

@@ -12,13 +12,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, distributed, nn
 
 from .._processes import Processes
 from .sparse import SparseGradients
 
 
-class SAEProcesses(Processes):
+class WholeBatch:
+    """A batch that one process has, with all of its rows and latents.
+
+    Of a batch that several have a part of, what is a statistic of all rows asks the others here.
+    """
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over the processes' shares of the rows; without gradient."""
+        return value
+
+    def offers(self, values: Float[Tensor, "N width"]) -> Float[Tensor, "rows shares width"]:
+        """What is offered of each row of the batch by each share of the latents."""
+        return values[:, None]
+
+    def own(self, of_offers: Bool[Tensor, "rows shares width"]) -> Bool[Tensor, "N width"]:
+        """The part of what is said of `offers` that is of this process's."""
+        return of_offers[:, 0]
+
+    def largest(self, num_latents: int) -> int:
+        """Latents of the largest share."""
+        return num_latents
+
+
+class SAEProcesses(Processes, WholeBatch):
     """Processes that exchange numbers; a single one waits for nothing and exchanges nothing."""
 
     @property
@@ -59,12 +83,20 @@ class SAEProcesses(Processes):
         return torch.stack(of_latents + shared).double().sum()
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean over the processes; without gradient."""
+        """See `WholeBatch`; a batch's shares have the same number of rows."""
         if self.count == 1:
             return value
         total = value.detach().clone()
         distributed.all_reduce(total)
         return total / self.count
+
+    def offers(self, values: Tensor) -> Tensor:
+        return self.gather(values)[:, None]
+
+    def own(self, of_offers: Tensor) -> Tensor:
+        rows = len(of_offers) // self.batch_shares
+        first, _ = self.place
+        return of_offers[first * rows : (first + 1) * rows, 0]
 
     def gather(self, value: Tensor, padding: float = 0) -> Tensor:
         """The rows of all processes one below the other; narrower ones are filled up with `padding`."""
@@ -135,8 +167,13 @@ class ShardProcesses(SAEProcesses):
         return rank * num_latents // self.count, (rank + 1) * num_latents // self.count
 
     def largest(self, num_latents: int) -> int:
-        """Latents of the largest share."""
         return -(-num_latents // self.count)
+
+    def offers(self, values: Tensor) -> Tensor:
+        return self.all_of(values, values.shape[1]).transpose(0, 1)
+
+    def own(self, of_offers: Tensor) -> Tensor:
+        return of_offers[:, self.rank]
 
     def summed(self, value: Tensor) -> Tensor:
         """Sum over the processes; without gradient."""
@@ -145,15 +182,15 @@ class ShardProcesses(SAEProcesses):
             distributed.all_reduce(total)
         return total
 
-    def all_of(self, value: Tensor, width: int | None = None, padding: float = 0) -> Tensor:
-        """(processes, rows, width): what each has of every row, filled up to the width, by default the largest."""
+    def all_of(self, value: Tensor, width: int | None = None) -> Tensor:
+        """(processes, rows, width): what each has of every row, filled up with 0 to the width, by default the largest."""
         value = value.detach()
         if width is None:
             most = torch.tensor(value.shape[1], device=value.device)
             if self.count > 1:
                 distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
             width = int(most)
-        value = torch.nn.functional.pad(value, (0, width - value.shape[1]), value=padding).contiguous()
+        value = torch.nn.functional.pad(value, (0, width - value.shape[1])).contiguous()
         if self.count == 1:
             return value[None]
         parts = [torch.empty_like(value) for _ in range(self.count)]

@@ -9,7 +9,7 @@ import threading
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 SCORE_BYTES = {"cpu": 2**27}  # in much smaller blocks the product is slower
@@ -100,6 +100,18 @@ def pad_rows(row: Tensor, rows: int, values: Tensor, indices: Tensor) -> tuple[T
     padded = values.new_full((rows * width,), -math.inf).scatter_(0, place, values)
     padded_indices = indices.new_zeros(rows * width).scatter_(0, place, indices)
     return padded.view(rows, width), padded_indices.view(rows, width)
+
+
+def in_few_places(
+    values: Float[Tensor, "N width"], indices: Int[Tensor, "N width"], chosen: Bool[Tensor, "N width"]
+) -> tuple[Float[Tensor, "N most"], Int[Tensor, "N most"]]:
+    """The chosen ones, in as many places as the row with most of them needs; free places hold −∞.
+
+    What follows takes time by the place.
+    """
+    most = max(1, int(chosen.sum(1).max())) if len(chosen) else 1
+    values, best = values.masked_fill(~chosen, -math.inf).topk(most, dim=1, sorted=False)
+    return values, indices.gather(1, best)
 
 
 def encode_top_k(

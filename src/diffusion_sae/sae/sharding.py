@@ -23,9 +23,9 @@ from .code import KSparseAutoencoderOutput, SparseCode
 from .configuration import DENSE, TOP_K
 from .initialisation import initial_shard
 from .modeling import KSparseAutoencoder
-from .processes import PER_LATENT, SAEProcesses, ShardProcesses
+from .processes import PER_LATENT, SAEProcesses, ShardProcesses, WholeBatch
 from .rows import Rows, Timesteps
-from .selection import encode_top_k
+from .selection import encode_top_k, in_few_places
 from .sparse import Choose
 from .training_args import SAETrainingArguments
 
@@ -96,7 +96,7 @@ class SAEShard(KSparseAutoencoder):
             self.timestep_scale = torch.ones(len(config.timesteps), device=device)
 
     def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> KSparseAutoencoderOutput:
-        output = super().forward(features, *args, **kwargs)
+        output = super().forward(features, *args, **{"shared": self.processes, **kwargs})
         output.top_acts, output.top_indices = self._of_all(output.top_acts, output.top_indices)  # type: ignore[arg-type]
         return output
 
@@ -130,25 +130,16 @@ class SAEShard(KSparseAutoencoder):
             _top_k_of_all,
             k=self.config.k if k is None else k,
             offered=offered,
-            largest=self.processes.largest(self.config.num_latents),
+            num_latents=self.config.num_latents,
             processes=self.processes,
         )
         values, indices = self._encoded(rows, choose, subset)
         signed = self.config.activation == "signed_topk"
         return SparseCode(values.masked_fill(values == -torch.inf, 0) if signed else F.relu(values), indices)
 
-    def _code(self, rows: Rows, k: int | None, more: SparseCode | None) -> SparseCode:  # noqa: ARG002
+    def _code(self, rows: Rows, k: int | None, more: SparseCode | None, shared: WholeBatch) -> SparseCode:  # noqa: ARG002
         # a share of the 4 k largest (`more`) does not tell which of them are among the k largest
-        if self.config.activation in TOP_K or not self.training:
-            return super()._code(rows, k, None)
-        choose = partial(
-            _batch_top_k_of_all,
-            k=k or self.config.k,
-            largest=self.processes.largest(self.config.num_latents),
-            processes=self.processes,
-        )
-        values, indices = self._encoded(rows, choose)
-        return SparseCode(F.relu(values), indices)
+        return super()._code(rows, k, None, shared)
 
     def _decoded(self, code: SparseCode, bias: Tensor | None = None) -> Tensor:
         total: Tensor = _Sum.apply(super()._decoded(code), self.processes)  # type: ignore[assignment]
@@ -187,44 +178,23 @@ class SAEShard(KSparseAutoencoder):
 
 
 def _top_k_of_all(
-    centered: Tensor, W_enc: Tensor, b_enc: Tensor, *, k: int, offered: int, largest: int, processes: ShardProcesses
+    centered: Tensor, W_enc: Tensor, b_enc: Tensor, *, k: int, offered: int, num_latents: int, processes: ShardProcesses
 ) -> tuple[Tensor, Tensor]:
     """A `Choose`: those of this process's latents that are among the k largest of all processes.
 
     Args:
         offered: how many of the given latents may be chosen.
-        largest: latents of the largest share.
+        num_latents: of all processes.
     """
     values, indices = encode_top_k(centered, W_enc, b_enc, max(1, min(k, offered)))
     if not offered:
         values.fill_(-torch.inf)
-    every = processes.all_of(values, min(k, largest), padding=-torch.inf)  # (processes, N, width)
-    width, place = every.shape[2], processes.rank * every.shape[2]
-    side_by_side = every.transpose(0, 1).flatten(1)
-    best = side_by_side.topk(k, dim=1, sorted=False).indices
-    chosen = torch.zeros_like(side_by_side, dtype=torch.bool).scatter_(1, best, True)
-    return _kept(values, indices, chosen[:, place : place + width][:, : values.shape[1]])
-
-
-def _batch_top_k_of_all(
-    centered: Tensor, W_enc: Tensor, b_enc: Tensor, *, k: int, largest: int, processes: ShardProcesses
-) -> tuple[Tensor, Tensor]:
-    """A `Choose`: as `activations.batch_top_k`, among the latents of all processes."""
-    rows, offered = len(centered), 2 * k
-    while True:
-        values, indices = encode_top_k(centered, W_enc, b_enc, min(offered, len(W_enc)))
-        every = processes.all_of(values, min(offered, largest), padding=-torch.inf)
-        floor = every.flatten().topk(min(rows * k, every.numel()), sorted=False).values.amin()
-        if offered >= largest or not bool((every.amin(2) >= floor).any()):
-            return _kept(values, indices, (values >= floor) & (values > 0))
-        offered *= 2
-
-
-def _kept(values: Tensor, indices: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The chosen ones, in as few places as hold them; free places hold −∞. Work after this is by the place."""
-    most = max(1, int(chosen.sum(1).max())) if len(chosen) else 1
-    values, best = values.masked_fill(~chosen, -torch.inf).topk(most, dim=1, sorted=False)
-    return values, indices.gather(1, best)
+    free = min(k, processes.largest(num_latents)) - values.shape[1]
+    values, indices = F.pad(values, (0, free), value=-torch.inf), F.pad(indices, (0, free))
+    every = processes.offers(values)
+    best = every.flatten(1).topk(k, dim=1, sorted=False).indices
+    chosen = torch.zeros_like(every.flatten(1), dtype=torch.bool).scatter_(1, best, True)
+    return in_few_places(values, indices, processes.own(chosen.view_as(every)))
 
 
 class _Sum(torch.autograd.Function):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from .configuration import DENSE
+from .losses import total_variance
 from .modeling import KSparseAutoencoder, Timesteps
 from .processes import SAEProcesses
 from .sparse import ByLatent, SparseGradients
@@ -42,7 +43,6 @@ class TrainingStep:
     ) -> None:
         self.sae, self.args = sae, args
         self.processes = SAEProcesses(cpu=sae.device.type == "cpu") if processes is None else processes
-        sae.over_processes = self.processes.mean if self.processes.count > 1 else None
         self.rows_until_dead = args.rows_until_dead(sae.config.num_latents, sae.config.k)
         trained = sae.W_enc.requires_grad and sae.W_dec.requires_grad  # frozen weights are left to the optimiser
         self.fused = args.optimizer == "adam" and sae.config.activation not in DENSE and trained
@@ -50,6 +50,7 @@ class TrainingStep:
         self.learning_rate = args.peak_learning_rate(sae.config.d_in)
         self.optimizer: torch.optim.Optimizer = make(sae.parameters(), lr=self.learning_rate)
         self.rows_since_active = torch.zeros(sae.config.num_latents, dtype=torch.long, device=sae.W_dec.device)
+        self.steps_done = 0
 
     @property
     def dead(self) -> Tensor:
@@ -78,18 +79,26 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         report = StepReport(
             processes.mean(report.loss),
-            processes.mean(report.fvu),
+            report.fvu,
             processes.gather(report.top_acts),
             processes.gather(report.top_indices),
         )
+        self.steps_done += 1
         self.rows_since_active += len(batch) * processes.batch_shares
         self.rows_since_active.masked_fill_(self._active(report), 0)
         if self.args.dead_latent_boost:
             with torch.no_grad():
                 self.sae.b_enc.add_(self.dead[self.sae.held], alpha=self.args.dead_latent_boost * learning_rate)
-        if self.sae.config.activation == "batchtopk":
-            self.sae.update_threshold_(report.top_acts)
         return report
+
+    @torch.no_grad()
+    def _learn_threshold(self, acts: list[Tensor]) -> None:
+        """Of batchtopk, from the mean of what was the smallest active latent of each micro-batch."""
+        smallest = torch.stack([torch.where(part > 0, part, torch.inf).amin() for part in acts])
+        smallest = self.processes.gather(smallest[None]).amin(0)
+        known = smallest[smallest.isfinite()]
+        if len(known):  # at first the mean of all steps: the first ones would weigh in for long
+            self.sae.update_threshold_(known.mean(), rate=max(0.01, 1 / (self.steps_done + 1)))
 
     def _active(self, report: StepReport) -> Tensor:
         """(num_latents,) whether a latent is active in some row of the step."""
@@ -106,7 +115,7 @@ class TrainingStep:
 
     def _backward(self, batch: Tensor, timesteps: Timesteps, k: int | None) -> StepReport:
         size = self.args.micro_batch_size or len(batch)
-        parts = []
+        loss, error, acts, indices = batch.new_zeros(()), batch.new_zeros(()), [], []
         for start in range(0, len(batch), size):
             rows = slice(start, start + size)
             part = batch[rows]
@@ -121,16 +130,21 @@ class TrainingStep:
                     k=k,
                     multi_topk_alpha=self.args.multi_topk_alpha,
                     sparsity_coefficient=self.args.sparsity_coefficient,
+                    shared=self.processes,
                 )
-            (output.loss * (len(part) / len(batch))).backward()
-            parts.append((len(part) / len(batch), output))
-        if len(parts) == 1:
-            output = parts[0][1]
-            return StepReport(output.loss.detach(), output.fvu, output.top_acts.detach(), output.top_indices)
-        loss = torch.stack([share * output.loss.detach() for share, output in parts]).sum()
-        fvu = torch.stack([share * output.fvu for share, output in parts]).sum()
-        acts = torch.cat([output.top_acts.detach().flatten() for _, output in parts])
-        return StepReport(loss, fvu, acts, torch.cat([output.top_indices.flatten() for _, output in parts]))
+            share = output.loss * (len(part) / len(batch))
+            share.backward()
+            loss += share.detach()
+            acts.append(output.top_acts.detach())
+            indices.append(output.top_indices)
+            if len(part) < len(batch):
+                error += (part - output.reconstruction.detach()).pow(2).sum()
+        if self.sae.config.activation == "batchtopk":
+            self._learn_threshold(acts)
+        if len(acts) == 1:
+            return StepReport(loss, output.fvu, acts[0], indices[0])
+        fvu = self.processes.mean(error) / total_variance(batch, self.processes)
+        return StepReport(loss, fvu, torch.cat([a.flatten() for a in acts]), torch.cat([i.flatten() for i in indices]))
 
     @torch.no_grad()
     def _update(self, gradients: SparseGradients, learning_rate: float) -> None:

@@ -120,7 +120,8 @@ class SAETrainer:
             self.average = {} if args.ema_decay is None else {n: p.detach().clone() for n, p in sae.named_parameters()}
             return
         self.stepper.rows_since_active.copy_(extra["rows_since_active"])
-        self.step_number, self.scale = int(extra["step"]), extra["input_scale"]
+        self.step_number = self.stepper.steps_done = int(extra["step"])
+        self.scale = extra["input_scale"]
         self.best, self.evaluations_since_best = float(extra["best"]), int(extra["evaluations_since_best"])
         self.average = {name[4:]: value.to(sae.device) for name, value in extra.items() if name.startswith("ema.")}
 

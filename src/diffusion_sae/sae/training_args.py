@@ -36,7 +36,8 @@ class SAETrainingArguments(JsonConfig):
     optimizer: str = "adam"
     """adam (whose update is fused with the gradients' sums), or torch.optim's adamw, radam, nadam, sgd."""
     micro_batch_size: int | None = None
-    """Rows of a step that are computed at a time; None: all. Batchtopk chooses among these, and AuxK is their ratio."""
+    """Rows of a step that are computed at a time; None: all. Batchtopk chooses among these, AuxK is their ratio, and
+    the aim of jumprelu is for their L0."""
     bf16: bool = False
     """Whether the encoder's product (of relu and jumprelu also the decoder's) is computed in bfloat16; weights and all
     else stay in fp32."""
