@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss stopped being a number; the last checkpoint is kept."""
+    """The training has left its way; the last good checkpoint is kept."""
 
 
 def hold_out_images(features: FeatureSet, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -101,9 +101,13 @@ def require_finite_loss(loss: float, step: int, output_dir: Path, advice: str, m
     if math.isfinite(loss) and weights_finite:
         return
     became = f"The loss became {loss}" if weights_finite else "The weights became NaN or infinite"
+    raise TrainingDivergedError(f"{became} at step {step}. {advice} {kept_checkpoint(output_dir)}")
+
+
+def kept_checkpoint(output_dir: Path) -> str:
+    """What a training that stops says of its checkpoint."""
     checkpoints = [output_dir / name for name in (CHECKPOINT, CHECKPOINT_INDEX) if (output_dir / name).exists()]
-    kept = f"The last good checkpoint is kept: {checkpoints[0]}." if checkpoints else "There is no checkpoint yet."
-    raise TrainingDivergedError(f"{became} at step {step}. {advice} {kept}")
+    return f"The last good checkpoint is kept: {checkpoints[0]}." if checkpoints else "There is no checkpoint yet."
 
 
 class MetricsLogger:

@@ -4,9 +4,11 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 
+from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, SAETrainer, SAETrainingArguments
 from diffusion_sae._training import hold_out_images
 from diffusion_sae.extraction.images import ImageError
 from diffusion_sae.features import FeatureSource, ShuffledBatches
+from diffusion_sae.sae.trainer import train_together
 
 LAYER = "up_ft1"
 POOLINGS = ("mean", "max", "tokens")
@@ -272,3 +274,32 @@ def test_refusals(make_sd_extractor, images):
         extractor.stream(images, "bottleneck", 25, batch_size=4)
     with pytest.raises(ValueError, match=r"pooling must be mean, max or tokens, got 'none'"):
         stream_of(make_sd_extractor(layers=LAYER, pooling="none"), images)
+
+
+def test_several_saes_are_trained_on_one_stream(tokens_extractor, images, count_forwards, tmp_path):
+    """Each image is extracted once for all of them, and each SAE is what it is when trained alone."""
+
+    def trainers(folder, which):
+        stream = stream_of(tokens_extractor, images, batch_size=32, hold_out=3)
+        settings = {"max_steps": 6, "batch_size": 32, "logging_steps": 2}
+        return [
+            SAETrainer(
+                KSparseAutoencoder(KSparseAutoencoderConfig(d_in=stream.d_in, num_latents=64, **one)),
+                stream,
+                SAETrainingArguments(output_dir=str(folder / str(i)), **settings),
+            )
+            for i, one in enumerate([{"k": 2}, {"k": 4, "activation": "batchtopk"}])
+            if i in which
+        ]
+
+    together = trainers(tmp_path / "together", (0, 1))
+    results = train_together(together, progress=False)
+    extracted = count_forwards[0]
+    for i in (0, 1):
+        count_forwards[0] = 0
+        (alone,) = trainers(tmp_path / f"alone{i}", (i,))
+        assert alone.train(progress=False).metrics == results[i].metrics
+        for name, value in alone.sae.state_dict().items():
+            assert torch.equal(value, together[i].sae.state_dict()[name]), name
+    assert extracted <= count_forwards[0], "no more than one of them alone"
+    assert together[0].sae.metrics["held_out"]["rows"] == 3 * together[0].source.rows_per_image

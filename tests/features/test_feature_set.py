@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion_sae.features import FeatureSet, as_feature_set
+from diffusion_sae.features import FeatureSet, ImageSubset, as_feature_set
 
 ROWS = [5, 1, 7, 3]
 
@@ -144,3 +144,39 @@ def test_rows_of_tens_of_thousands_over_many_blocks():
     for start, stop in ((0, 60_000), (9_990, 10_010), (59_000, 60_000), (30_004, 30_005), (5, 5), (10, 2)):
         assert torch.equal(features[start:stop], numbers[start:stop])
         assert torch.equal(features[start:stop:7], numbers[start:stop:7])
+
+
+@pytest.mark.parametrize("images", [[1, 2, 5], [4, 0, 3, 0], [6]], ids=str)
+@pytest.mark.parametrize("timesteps", [(), (25, 100)], ids=["unknown", "two"])
+def test_some_images_are_those_of_the_whole(images, timesteps):
+    """Of seven images with three positions each, at no known timestep or at two."""
+    at = max(1, len(timesteps))
+    numbers = torch.arange(7 * 3 * at * 2).float().view(at, 7, 3, 2)
+    whole = FeatureSet(
+        [numbers.flatten(0, 2).half()[: 20 * at], numbers.flatten(0, 2).half()[20 * at :]],
+        rows_per_image=3 * at,
+        labels=torch.arange(7) % 3,
+        image_ids=[f"image {i}" for i in range(7)],
+        class_names=["a", "b", "c"],
+        timesteps=timesteps,
+    )
+    subset, expected = ImageSubset(whole, torch.tensor(images)), numbers[:, images].flatten(0, 2)
+    assert (len(subset), subset.num_images, subset.of_timesteps) == (len(expected), len(images), timesteps)
+    assert torch.equal(subset[:], expected)
+    assert torch.equal(torch.cat([*subset.batches(4)]), expected)
+    assert torch.equal(subset[2:7], expected[2:7])
+    backwards = torch.arange(len(expected)).flip(0)
+    assert torch.equal(subset[backwards], expected.flip(0))
+    ascending = torch.arange(0, len(expected), 2)
+    assert torch.equal(subset.stored(ascending), expected[ascending].half())
+    assert subset.image_labels.tolist() == [i % 3 for i in images]
+    assert subset.image_ids == [f"image {i}" for i in images]
+    assert torch.equal(subset.mean(), expected.mean(0))
+    assert torch.equal(ImageSubset(subset, torch.tensor([0]))[:], numbers[:, images[:1]].flatten(0, 2))
+    relabelled = subset.with_labels(torch.zeros(len(images), dtype=torch.long), ["all"])
+    assert torch.equal(relabelled[:], expected)
+    assert relabelled.class_names == ["all"]
+    with pytest.raises(IndexError, match=rf"Rows must lie in 0…{len(expected) - 1}"):
+        subset[[len(expected)]]
+    with pytest.raises(ValueError, match="labels must have one entry an image"):
+        subset.with_labels(torch.zeros(99))

@@ -20,7 +20,7 @@ from diffusion_sae import (
 )
 from diffusion_sae._training import MetricsLogger
 from diffusion_sae.cli.main import main
-from diffusion_sae.features import FeatureSet
+from diffusion_sae.features import FeatureSet, ImageSubset
 from diffusion_sae.probes.examples import Examples, Views
 
 LAYER = "up_ft1"
@@ -204,7 +204,7 @@ class TestRefused:
         probe, args = make_probe("diff-c", d_in=plain.d_in), make_args(tmp_path)
         for images in (torch.arange(11), torch.arange(12).flip(0)):
             with pytest.raises(ValueError, match=r"View 2 .* not of the same images in the same order.*view=2\)"):
-                ProbeTrainer(probe, plain, args, views=[view, view.of_images(images)])
+                ProbeTrainer(probe, plain, args, views=[view, ImageSubset(view, images)])
         with pytest.raises(ValueError, match="differ in layers"):
             ProbeTrainer(probe, plain, args, views=[store.select("bottleneck", 25, view=1)])
         broken = view.to_tensor().clone()

@@ -10,8 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion_sae._training import CHECKPOINT
-
 SCRIPT = Path(__file__).with_name("train_and_kill.py")
 
 
@@ -33,15 +31,20 @@ def train_and_kill(kind: str, folder: Path, *, kills: int, seed: int, save_steps
 def assert_same_run(undisturbed: Path, killed: Path) -> None:
     names = {path.name for path in undisturbed.iterdir()}
     assert {path.name for path in killed.iterdir()} == names, "something was left over, or is missing"
-    for name in names - {CHECKPOINT, "README.md"}:
+    checkpoints = {name for name in names if name.startswith("checkpoint") and name.endswith(".safetensors")}
+    assert checkpoints
+    for name in names - checkpoints - {"README.md"}:
         assert (undisturbed / name).read_bytes() == (killed / name).read_bytes(), name
-    expected, got = load_file(undisturbed / CHECKPOINT), load_file(killed / CHECKPOINT)
-    assert set(expected) == set(got)
-    for name, value in expected.items():
-        assert torch.equal(value, got[name]), name
+    for checkpoint in checkpoints:
+        expected, got = load_file(undisturbed / checkpoint), load_file(killed / checkpoint)
+        assert set(expected) == set(got)
+        for name, value in expected.items():
+            assert torch.equal(value, got[name]), name
 
 
-@pytest.mark.parametrize(("kind", "save_steps"), [("sae", 10), ("probe", 1)])
+@pytest.mark.parametrize(
+    ("kind", "save_steps"), [("topk", 10), ("batchtopk", 10), ("jumprelu", 10), ("shards", 5), ("probe", 1)]
+)
 def test_killed_three_times(kind: str, save_steps: int, tmp_path: Path) -> None:
     """Of a probe the weights, the batch statistics and the dropout are part of it; it saves after every epoch."""
     progress = train_and_kill(kind, tmp_path, kills=3, seed=0, save_steps=save_steps)
@@ -49,13 +52,16 @@ def test_killed_three_times(kind: str, save_steps: int, tmp_path: Path) -> None:
     assert progress == sorted(progress)
     assert progress[-1] > 0, "no run was resumed from a checkpoint"
     assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
-    if kind == "sae":
+    if kind == "topk":
         history = json.loads((tmp_path / "killed/training_history.json").read_text())
-        assert [entry["step"] for entry in history if "loss" in entry] == [*range(9, 301, 9), 300]
+        assert [entry["step"] for entry in history if "loss" in entry] == [1, *range(9, 301, 9), 300]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "save_steps", "kills"), [("sae", 1, 15), ("sae", 7, 15), ("probe", 1, 12)])
+@pytest.mark.parametrize(
+    ("kind", "save_steps", "kills"),
+    [("topk", 1, 15), ("topk", 7, 15), ("batchtopk", 3, 15), ("jumprelu", 7, 15), ("shards", 1, 8), ("probe", 1, 12)],
+)
 def test_killed_many_times(kind: str, save_steps: int, kills: int, tmp_path: Path) -> None:
     """With a checkpoint every step most kills fall into the writing of one."""
     progress = train_and_kill(kind, tmp_path, kills=kills, seed=save_steps, save_steps=save_steps)

@@ -308,7 +308,7 @@ class TestWhatIsSaved:
     def test_the_history(self, trained: tuple[KSparseAutoencoder, SAETrainingResult, Path]) -> None:
         _, result, folder = trained
         assert json.loads((folder / "training_history.json").read_text()) == result.history
-        assert [entry["step"] for entry in result.history] == [5, 10, 12]
+        assert [entry["step"] for entry in result.history] == [1, 5, 10, 12]
         assert all(set(entry) == {"step", "loss", "fvu", "dead_latents"} for entry in result.history)
 
     def test_is_in_evaluation_mode(self, trained: tuple[KSparseAutoencoder, SAETrainingResult, Path]) -> None:

@@ -1,10 +1,11 @@
 """What a training can be told beyond the paper's recipe, each against what it claims."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from diffusion_sae.features import FeatureSet, ShuffledBatches
 from diffusion_sae.provenance import Provenance
 from diffusion_sae.sae.checkpoints import BEST
 from diffusion_sae.sae.configuration import ACTIVATIONS
-from diffusion_sae.sae.evaluation import evaluate_sae
+from diffusion_sae.sae.divergence import diverging_lines
+from diffusion_sae.sae.evaluation import SAEMetrics, evaluate_sae
 from diffusion_sae.sae.preparation import fold_input_scale_, geometric_median, input_scale
 from diffusion_sae.sae.resampling import resample_
 from diffusion_sae.sae.results import SAECallback
@@ -197,9 +199,84 @@ def test_too_many_dead_latents_stop_with_advice(superposition: Callable[..., Ten
         sae.W_enc[:, :60] = 0
     settings = {"dead_latent_boost": 0, "dead_after_rows": 64, "max_dead_latents": 0.5}
     args = make_args(tmp_path, logging_steps=2, save_steps=1, **settings)
-    with pytest.raises(TrainingDivergedError, match=r"9\d% of the latents are dead at step 2.*encoder_init='tied'"):
+    with pytest.raises(TrainingDivergedError, match=r"9\d% of the latents are dead at step 1, .*encoder_init='tied'"):
         SAETrainer(sae, superposition(300), args).train(progress=False)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_collapse_of_the_latents_stops_by_default(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    sae = make_sae(k=2)
+    with torch.no_grad():
+        sae.W_enc[:, :62] = 0
+    args = make_args(tmp_path, logging_steps=2, save_steps=1, dead_latent_boost=0)
+    with pytest.raises(TrainingDivergedError, match=r"97% of the latents are dead .* more than max_dead_latents = 95%"):
+        SAETrainer(sae, superposition(300), dataclasses.replace(args, dead_after_rows=128)).train(progress=False)
     assert (tmp_path / "checkpoint.safetensors").exists()
+    assert SAETrainingArguments.revelio("unused").max_dead_latents == 1, "of the paper's nothing stops for it"
+
+
+class TestDivergence:
+    def test_a_loss_that_rises_for_good_stops_the_training(
+        self, superposition: Callable[..., Tensor], tmp_path: Path
+    ) -> None:
+        """At this learning rate no number is ever NaN. The checkpoint from before is kept."""
+        args = make_args(tmp_path, learning_rate=1e-3, warmup_steps=0, max_steps=400, logging_steps=5, save_steps=5)
+        trainer = SAETrainer(make_sae(), superposition(300), args)
+        trainer._learning_rate = lambda step: 1e-3 if step < 20 else 10.0  # type: ignore[method-assign]
+        said = r"The loss was 0\.\d+ at best and is .* at step 35, .*for 3 log lines.*Lower learning_rate.* is kept"
+        with pytest.raises(TrainingDivergedError, match=said):
+            trainer.train(progress=False)
+        checkpoint = load_file(tmp_path / "checkpoint.safetensors")
+        assert int(checkpoint["extra.step"]) == 20
+        assert checkpoint["model.W_enc"].abs().max() < 2
+        assert not (tmp_path / "model.safetensors").exists()
+
+    @pytest.mark.parametrize(
+        ("losses", "fvus", "expected"),
+        [
+            ([1.0, 3.0, 3.0, 3.0], [1.0, 2.0, 2.0, 2.0], 3),
+            ([1.0, 3.0, 1.5, 3.0], [1.0, 2.0, 2.0, 2.0], 1),
+            ([9.0, 8.0, 7.0, 6.0], [9.0, 8.0, 7.0, 6.0], 0),  # a bad start that gets better
+            ([0.1, 0.4, 0.4, 0.4], [0.1, 0.4, 0.4, 0.4], 0),  # worse than its best, and still of use
+            ([0.1, 0.1, 0.1, 5.0], [0.1, 0.1, 0.1, 5.0], 1),
+        ],
+    )
+    def test_what_counts(self, losses: list[float], fvus: list[float], expected: int) -> None:
+        lines = [{"step": 10 * i, "loss": a, "fvu": b} for i, (a, b) in enumerate(zip(losses, fvus, strict=True))]
+        history = [part for line in lines for part in (line, {"step": line["step"], "eval_fvu": 2.0})]
+        assert diverging_lines(history, 0) == expected
+        assert diverging_lines(history, 1000) == 0, "in the warm-up"
+
+    def test_an_sae_worse_than_the_mean_row_is_told_of(
+        self, superposition: Callable[..., Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        args = make_args(tmp_path, max_steps=1, b_dec_init="zero", learning_rate=1e-6)
+        SAETrainer(make_sae(k=1), superposition(300) + 30, args).train(progress=False)
+        assert "explains less than the mean row" in caplog.text
+
+    def test_batches_of_one_row_are_logged_as_json(self, superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+        args = make_args(tmp_path, batch_size=1, max_steps=3, logging_steps=1)
+        SAETrainer(make_sae(), superposition(300), args).train(progress=False)
+        text = (tmp_path / "training_history.json").read_text()
+        assert "Infinity" not in text
+        assert "NaN" not in text
+
+
+def test_a_callback_ends_the_training(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    class GoodEnough(SAECallback):
+        seen: ClassVar[list[int]] = []
+
+        def on_evaluate(self, trainer: SAETrainer, step: int, metrics: SAEMetrics) -> None:
+            self.seen.append(step)
+            assert 0 < metrics.fvu < 1
+            if step == 8:
+                trainer.stop()
+
+    args = make_args(tmp_path, eval_steps=4)
+    result = SAETrainer(make_sae(), superposition(300), args, callbacks=[GoodEnough()]).train(progress=False)
+    assert result.steps == 8
+    assert GoodEnough.seen == [4, 8]
+    assert (tmp_path / "model.safetensors").exists()
 
 
 class TestSeveralInOnePass:
@@ -261,7 +338,7 @@ def test_callbacks_see_every_line(superposition: Callable[..., Tensor], tmp_path
 
     args = make_args(tmp_path, logging_steps=8, eval_steps=10)
     SAETrainer(make_sae(), superposition(300), args, callbacks=[Watch()]).train(progress=False)
-    assert seen == [("log", 8), ("eval", 10), ("log", 16), ("log", 20), ("eval", 20)]
+    assert seen == [("log", 1), ("log", 8), ("eval", 10), ("log", 16), ("log", 20), ("eval", 20)]
 
 
 def test_one_sae_over_several_timesteps(superposition: Callable[..., Tensor], tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def _require_same_training(tmp_path: Path, config: dict, changes: dict, of_two: 
     for count in (1, 2):
         train(tmp_path / str(count), count, config, changes | (of_two if count == 2 else {}))
         curves[count] = json.loads((tmp_path / str(count) / "training_history.json").read_text())
-    assert [entry["step"] for entry in curves[2]] == [*range(5, 31, 5)]
+    assert [entry["step"] for entry in curves[2]] == [1, *range(5, 31, 5)]
     for one, two in zip(curves[1], curves[2], strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
         assert two["fvu"] == pytest.approx(one["fvu"], abs=1e-4)

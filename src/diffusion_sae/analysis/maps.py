@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._config import check, check_choice, check_integer
 from .._optional import missing
-from ..features import FeatureSet, FeatureStore
+from ..features import FeatureSet, FeatureStore, ImageSubset
 from .pca import PrincipalComponents, Rows, principal_components
 from .readout import mean_features
 
@@ -207,7 +207,7 @@ def position_rows(features: FeatureSet, images: Int[Tensor, " n"]) -> Float[Tens
     Raises:
         ValueError: for pooled features, several timesteps, and positions that are no square grid.
     """
-    rows = features.of_images(images)
+    rows = ImageSubset(features, images)
     if len(features.row_shape) == 3:  # (n, C, h, w)
         return rows[:].permute(0, 2, 3, 1)
     positions = rows[:] if len(features.row_shape) == 2 else rows[:].unflatten(0, (len(images), -1))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..features import FeatureSet
+from ..features import FeatureSet, ImageSubset
 from ..sae.modeling import KSparseAutoencoder
 
 
@@ -60,7 +60,7 @@ def activation_maps(
     for first in range(0, len(wanted), images_per_batch):
         batch = wanted[first : first + images_per_batch]
         pairs = torch.nonzero((pair_of >= first) & (pair_of < first + len(batch))).flatten()
-        acts, indices = _encoded(sae, features.of_images(batch))  # (T, images, positions, k)
+        acts, indices = _encoded(sae, ImageSubset(features, batch))  # (T, images, positions, k)
         for pair in pairs.tolist():
             image = int(pair_of[pair]) - first
             own = torch.where(indices[:, image] == latent_of[pair], acts[:, image], 0.0)

@@ -146,7 +146,11 @@ class OnTheFlyFeatures(BufferedBatches):
         return moments_of(parts, self.provenance.timesteps, self.d_in)
 
     def held_out(self) -> FeatureSet | None:
-        """Of the images that `hold_out` has chosen; extracted anew at every call."""
+        """Of the images that `hold_out` has chosen; extracted at the first call, and kept in memory."""
+        return self._held_out
+
+    @cached_property
+    def _held_out(self) -> FeatureSet | None:
         if not len(self._held):
             return None
         reading, timesteps = self._reading, self.provenance.timesteps

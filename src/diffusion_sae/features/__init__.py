@@ -6,6 +6,7 @@ from .labels import LabelSet
 from .shuffle import ShuffledBatches
 from .source import FeatureSource
 from .store import FeatureStore
+from .subset import ImageSubset
 from .writer import Shard, StoreWriter
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "FeatureSet",
     "FeatureSource",
     "FeatureStore",
+    "ImageSubset",
     "LabelSet",
     "Shard",
     "ShuffledBatches",

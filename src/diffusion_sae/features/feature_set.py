@@ -1,5 +1,6 @@
 """Features of one layer at one timestep or several, addressed by row: what trainers and metrics take."""
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Self
@@ -67,10 +68,8 @@ class FeatureSet:
         self.of_timesteps = tuple(timesteps)
         """In the order of the rows; empty where they are not known."""
         for name, values in (("labels", labels), ("image_ids", image_ids)):
-            if values is not None and len(values) != self.num_images:
-                raise ValueError(
-                    f"{name} must have one entry an image: {self.num_images} images, {len(values)} {name}."
-                )
+            if values is not None:
+                self._require_one_an_image(name, values)
         self.image_labels = labels
         self.image_ids = image_ids if image_ids is None or isinstance(image_ids, StringColumn) else list(image_ids)
         self.class_names = None if class_names is None else list(class_names)
@@ -82,6 +81,10 @@ class FeatureSet:
     ) -> Self:
         """Plain tensors as a FeatureSet: features (N, d_in) or (N, C, h, w), integer labels (N,)."""
         return cls([features], labels=None if labels is None else torch.as_tensor(labels), class_names=class_names)
+
+    def _require_one_an_image(self, name: str, values: Tensor | Sequence[str]) -> None:
+        if len(values) != self.num_images:
+            raise ValueError(f"{name} must have one entry an image: {self.num_images} images, {len(values)} {name}.")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -241,31 +244,13 @@ class FeatureSet:
             ]
             yield parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def of_images(self, images: Int[Tensor, " n"]) -> Self:
-        """All rows of some of the images, read into memory."""
-        at_once, starts = torch.arange(self.positions_per_image), torch.arange(0, len(self), self.rows_per_timestep)
-        rows = starts[:, None, None] + images[None, :, None] * self.positions_per_image + at_once
-        return type(self)(
-            [self[rows.flatten()]],
-            rows_per_image=self.rows_per_image,
-            labels=None if self.image_labels is None else self.image_labels[images],
-            image_ids=None if self.image_ids is None else [self.image_ids[i] for i in images.tolist()],
-            class_names=self.class_names,
-            provenance=self.provenance,
-            timesteps=self.of_timesteps,
-        )
-
     def with_labels(self, labels: Tensor, class_names: Sequence[str] | None = None) -> Self:
         """The same rows with other labels, one entry an image: (images,) or, for several labels, (images, labels)."""
-        return type(self)(
-            self._blocks,
-            rows_per_image=self.rows_per_image,
-            labels=labels,
-            image_ids=self.image_ids,
-            class_names=class_names,
-            provenance=self.provenance,
-            timesteps=self.of_timesteps,
-        )
+        self._require_one_an_image("labels", labels)
+        relabelled = copy.copy(self)
+        relabelled.image_labels = labels
+        relabelled.class_names = None if class_names is None else list(class_names)
+        return relabelled
 
     def mean(self, rows: range | None = None) -> Float[Tensor, " d_in"]:
         """Mean row, of all or of a range without steps, accumulated in fp64."""
@@ -277,6 +262,8 @@ class FeatureSet:
 
     def require_finite(self, what: str) -> None:
         """Raise if any value is NaN or infinite, saying in which rows."""
+        if not self.in_memory:  # a store's writer has looked at each
+            return
         for start, batch in zip(range(0, len(self), 8192), self.batches(8192), strict=True):
             finite = torch.isfinite(batch.flatten(1)).all(1)
             if not finite.all():

@@ -14,6 +14,7 @@ from .buffered import NUMBERS_BYTES, BufferedBatches
 from .feature_set import FeatureSet
 from .moments import Moments, moments_of
 from .order import BlockOrder
+from .subset import ImageSubset
 
 BUFFER_BYTES = 2**30
 BLOCK_BYTES = 2**18
@@ -61,6 +62,8 @@ class ShuffledBatches(BufferedBatches):
         for name, given in (("buffer_bytes", buffer_bytes), ("block_bytes", block_bytes)):
             check_integer(name, given, 1)
         self.features = features
+        self._mean: Tensor | None = None
+        self._moments: Moments | None = None
         self.rows = None if rows is None else _checked(rows, len(features))
         count = len(features) if self.rows is None else len(self.rows)
         order = {"count": count, "batch_size": batch_size, "seed": seed}
@@ -101,18 +104,20 @@ class ShuffledBatches(BufferedBatches):
         return self.features.timesteps_of(self.rows_of(step, rank, world))
 
     def mean(self) -> Float[Tensor, " d_in"]:
-        """Of all rows that are served, accumulated in fp64: reads each once, front to back."""
-        if self.rows is None:
-            return self.features.mean()
-        total = torch.zeros(self.d_in, dtype=torch.float64)
-        for rows in self._in_order():
-            total += self.features[rows].double().sum(0)
-        return (total / len(self)).float()
+        """Of all rows that are served, accumulated in fp64: at the first call reads each once, front to back."""
+        if self._mean is None:
+            total = torch.zeros(self.d_in, dtype=torch.float64)
+            for rows in self._in_order():
+                total += self.features[rows].double().sum(0)
+            self._mean = (total / len(self)).float()
+        return self._mean
 
     def moments(self) -> Moments:
         """Of the rows of `mean`."""
-        parts = ((self.features[rows], self.features.timesteps_of(rows)) for rows in self._in_order())
-        return moments_of(parts, self.features.of_timesteps, self.d_in)
+        if self._moments is None:
+            parts = ((self.features[rows], self.features.timesteps_of(rows)) for rows in self._in_order())
+            self._moments = moments_of(parts, self.features.of_timesteps, self.d_in)
+        return self._moments
 
     def _in_order(self) -> Iterator[Int[Tensor, " n"]]:
         """Numbers of all rows that are served, some at a time."""
@@ -125,7 +130,7 @@ class ShuffledBatches(BufferedBatches):
         held = torch.ones(features.num_images, dtype=torch.bool)
         if self.rows is not None:
             held[self.rows % features.rows_per_timestep // features.positions_per_image] = False
-        return features.of_images(torch.nonzero(held).flatten()) if self.rows is not None and held.any() else None
+        return ImageSubset(features, torch.nonzero(held).flatten()) if self.rows is not None and held.any() else None
 
     def fingerprint(self) -> str:
         """See `FeatureSource.fingerprint`."""

@@ -57,7 +57,7 @@ class FeatureSource(Protocol):
         ...
 
     def held_out(self) -> FeatureSet | None:
-        """All rows of the images that no batch has a row of, in memory, to evaluate on; None if there are none."""
+        """All rows of the images that no batch has a row of, to evaluate on; None if there are none."""
         ...
 
     def fingerprint(self) -> str:

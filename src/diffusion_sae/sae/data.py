@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._training import hold_out_images
-from ..features import FeatureSet, FeatureSource, ShuffledBatches, as_feature_set
+from ..features import FeatureSet, FeatureSource, ImageSubset, ShuffledBatches, as_feature_set
 from ..provenance import require_same_provenance
 from .configuration import DENSE
 from .modeling import KSparseAutoencoder
@@ -47,7 +47,8 @@ def prepare_data(
     if given is not None:
         mine, theirs = data.source.provenance, given.provenance
         require_same_provenance(mine, theirs, "This training", allow_mismatch=allow_mismatch)
-    if bool((data.eval_features[:] == data.eval_features[:1]).all()):
+    first = data.eval_features[:1]
+    if all(bool((rows == first).all()) for rows in data.eval_features.batches(8192)):  # mostly the first say no
         raise ValueError(
             f"The {len(data.eval_features)} rows to evaluate on are all equal, so that there is no variance to "
             "explain. Give more images, a larger eval_fraction, or eval_features."
@@ -69,7 +70,7 @@ def _of_features(
     if given is None and args.eval_fraction == 0:
         held_out = False
         few = max(1, 8 * args.batch_size // features.rows_per_image)  # images
-        given = features.of_images(torch.arange(min(few, features.num_images)))
+        given = ImageSubset(features, torch.arange(min(few, features.num_images)))
     elif given is None:
         at_least = 1 if features.rows_per_image > 1 else 2  # a single row has no variance
         images = max(at_least, round(features.num_images * args.eval_fraction))

@@ -25,24 +25,36 @@ class SAEMetrics:
 
 
 def evaluate_sae(
-    sae: KSparseAutoencoder, features: FeatureSet | Tensor, batch_size: int = 8192, *, allow_mismatch: bool = False
+    sae: KSparseAutoencoder,
+    features: FeatureSet | Tensor,
+    batch_size: int = 8192,
+    *,
+    allow_mismatch: bool = False,
+    scale: Tensor | None = None,
 ) -> SAEMetrics:
     """Metrics over all rows as `encode` sees them, each by itself, in batches, sums in fp64.
+
+    Args:
+        sae, features: the SAE, and rows (N, d_in) of its extraction.
+        batch_size: rows that are encoded at a time.
+        allow_mismatch: take features of another extraction.
+        scale: () or (d_in,), what rows are divided by before; None: nothing.
 
     Raises:
         ValueError: for features of another width or extraction.
     """
     features = as_feature_set(features)
     sae.require_features(features, allow_mismatch=allow_mismatch)
-    return measure_rows(sae, features, range(len(features)), batch_size)[0]
+    return measure_rows(sae, features, range(len(features)), batch_size, scale)[0]
 
 
 @torch.no_grad()
 def measure_rows(
-    sae: KSparseAutoencoder, features: FeatureSet, rows: range, batch_size: int = 8192
+    sae: KSparseAutoencoder, features: FeatureSet, rows: range, batch_size: int = 8192, scale: Tensor | None = None
 ) -> tuple[SAEMetrics, Int[Tensor, " num_latents"]]:
     """Metrics of a range of rows, against their own mean, and in how many of them each latent is active."""
-    mean = features.mean(rows).to(sae.device).double()
+    divisor = torch.ones((), device=sae.device) if scale is None else scale.to(sae.device)
+    mean = features.mean(rows).to(sae.device).double() / divisor
     error = variance = 0.0
     counts = torch.zeros(sae.config.num_latents, dtype=torch.long, device=sae.device)
     training = sae.training
@@ -52,6 +64,8 @@ def measure_rows(
             index = torch.arange(start, min(start + batch_size, rows.stop))
             timesteps = None if sae.config.timesteps is None else features.timesteps_of(index)
             batch = features[start : start + len(index)].to(sae.device)
+            if scale is not None:
+                batch = batch / divisor
             output = sae(batch, timesteps=timesteps)
             error += (batch.double() - output.reconstruction.double()).pow(2).sum().item()
             variance += (batch.double() - mean).pow(2).sum().item()

@@ -47,6 +47,12 @@ def set_biases_(sae: KSparseAutoencoder, source: FeatureSource, kind: str, scale
     """`b_dec` from the data (of several timesteps each one's, with its scale), for rows as the SAE is trained on."""
     if sae.config.timesteps is not None:
         moments = source.moments()
+        if set(moments.timesteps) != set(sae.config.timesteps):
+            raise ValueError(
+                f"The SAE is for the timesteps {sae.config.timesteps}, the features are of "
+                f"{list(moments.timesteps) or 'unknown ones'}: they must be the same. Select those timesteps, or make "
+                "the SAE for these."
+            )
         order = [moments.timesteps.index(t) for t in sae.config.timesteps]
         sae.timestep_scale.copy_(moments.std[order].clamp_min(torch.finfo(moments.std.dtype).tiny))
     if kind == "zero":

@@ -183,7 +183,7 @@ class ShardProcesses(SAEProcesses):
         return total
 
     def all_of(self, value: Tensor, width: int | None = None) -> Tensor:
-        """(processes, rows, width): what each has of every row, filled up with 0 to the width, by default the largest."""
+        """(processes, rows, width): what each has of every row, filled up with 0, by default to the largest width."""
         value = value.detach()
         if width is None:
             most = torch.tensor(value.shape[1], device=value.device)

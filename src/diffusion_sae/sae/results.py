@@ -23,10 +23,16 @@ class SAETrainingResult:
 
 
 class SAECallback:
-    """What a trainer calls; override what you need. A callback that raises ends the training; the checkpoint stays."""
+    """What a trainer calls, in every process; override what you need.
+
+    `trainer.stop()` ends the training after the step. A callback that raises ends it at once; the checkpoint stays.
+    """
 
     def on_log(self, trainer: "SAETrainer", step: int, values: dict[str, float]) -> None:
         """After each log line and evaluation."""
+
+    def on_evaluate(self, trainer: "SAETrainer", step: int, metrics: SAEMetrics) -> None:
+        """After each evaluation on held-out rows."""
 
     def on_save(self, trainer: "SAETrainer", step: int) -> None:
         """After each checkpoint."""

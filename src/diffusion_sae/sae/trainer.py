@@ -1,6 +1,8 @@
 """SAETrainer: features in, a trained KSparseAutoencoder out; killed at any step, the next run ends the same."""
 
 import dataclasses
+import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,10 +15,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._files import fingerprint_of, require_writable_folder, write_atomically, write_json
-from .._training import MetricsLogger, TrainingDivergedError, require_finite_loss
+from .._training import MetricsLogger, require_finite_loss
 from ..features import FeatureSet, FeatureSource
 from .checkpoints import Checkpoints
 from .data import prepare_data
+from .divergence import ADVICE, diverging_lines, require_convergence
 from .evaluation import SAEMetrics, evaluate_sae
 from .modeling import KSparseAutoencoder
 from .preparation import fold_input_scale_, input_scale, set_biases_
@@ -27,7 +30,7 @@ from .sharding import gathered, placed
 from .step import StepReport, TrainingStep
 from .training_args import SAETrainingArguments
 
-_ADVICE = "Lower learning_rate, or check the features' scale."
+logger = logging.getLogger(__name__)
 _RECORDS_ONLY = ("output_dir", "logging_steps", "report_to")  # change no number
 
 
@@ -80,6 +83,11 @@ class SAETrainer:
         self.scale = torch.ones(())
         self.best = sys.float_info.max  # finite, as all of a checkpoint is
         self.evaluations_since_best = 0
+        self._stopping = False
+
+    def stop(self) -> None:
+        """End the training after the current step, as if it were the last one; for callbacks."""
+        self._stopping = True
 
     def _run_name(self) -> str:
         """Identifies what a checkpoint belongs to: settings, shape, data."""
@@ -95,7 +103,8 @@ class SAETrainer:
         """Train to the end, or on from the checkpoint in `output_dir`; save the finished SAE there.
 
         Raises:
-            TrainingDivergedError: if the loss becomes NaN or infinite, or too many latents are dead.
+            TrainingDivergedError: if the loss becomes NaN or infinite, or rises beyond twice its best while the SAE is
+                worse than the mean row, at three log lines in a row; if too many latents are dead.
         """
         return train_together([self], progress=progress)[0]
 
@@ -103,7 +112,8 @@ class SAETrainer:
         """Make the optimiser and take up the checkpoint, if there is one."""
         args, sae = self.args, self.sae
         self.output_dir = require_writable_folder(args.output_dir)
-        self.logger = MetricsLogger(args.report_to, self.output_dir, args.to_dict())
+        report_to = args.report_to if self.processes.is_main else "none"
+        self.logger = MetricsLogger(report_to, self.output_dir, args.to_dict())
         self.stepper = TrainingStep(sae, args, self.processes)
         self.schedule = learning_rate_factor(args, self.stepper.optimizer, self.max_steps)
         self.run_name = self._run_name()
@@ -128,7 +138,9 @@ class SAETrainer:
     @property
     def done(self) -> bool:
         patience = self.args.early_stopping_patience
-        return self.step_number >= self.max_steps or (patience is not None and self.evaluations_since_best >= patience)
+        if self._stopping or self.step_number >= self.max_steps:
+            return True
+        return patience is not None and self.evaluations_since_best >= patience
 
     def advance(self, batch: Tensor, timesteps: Tensor | None) -> StepReport:
         """One step, with what belongs to it: logging, evaluation, checkpoint."""
@@ -146,11 +158,12 @@ class SAETrainer:
             decay = min(args.ema_decay or 0.0, (1 + step) / (10 + step))  # else the first weights weigh in for long
             for name, parameter in self.sae.named_parameters():
                 self.average[name].lerp_(parameter.detach(), 1 - decay)
-        if step % args.logging_steps == 0 or step >= self.max_steps:
+        if step == 1 or step % args.logging_steps == 0 or step >= self.max_steps:
             self._log_step(report)
         if args.eval_steps and (step % args.eval_steps == 0 or step >= self.max_steps):
             self._evaluate_on_the_way()
-        if step % args.save_steps == 0 or self.done:
+        # while the training may be diverging, the checkpoint from before is kept
+        if self.done or (step % args.save_steps == 0 and not diverging_lines(self.logger.history, args.warmup_steps)):
             self._save(report.loss.item())
         return report
 
@@ -167,19 +180,20 @@ class SAETrainer:
     def _log(self, values: dict[str, float]) -> None:
         if self.processes.is_main:
             self.logger.log(self.step_number, values)
+        else:  # by which all stop where one does
+            self.logger.history.append({"step": self.step_number, **values})
         for callback in self.callbacks:
             callback.on_log(self, self.step_number, values)
 
     def _log_step(self, report: StepReport) -> None:
-        loss, dead = report.loss.item(), self.stepper.dead.float().mean().item()
-        require_finite_loss(loss, self.step_number, self.output_dir, _ADVICE)
-        self._log({"loss": loss, "fvu": report.fvu.item(), "dead_latents": dead})
-        if dead > self.args.max_dead_latents:
-            raise TrainingDivergedError(
-                f"{dead:.0%} of the latents are dead at step {self.step_number}, more than max_dead_latents = "
-                f"{self.args.max_dead_latents:.0%}. Use encoder_init='tied', dead_latent_boost, auxk, resample_steps "
-                f"or another learning_rate. The checkpoint in {self.output_dir} is kept."
-            )
+        loss, fvu = report.loss.item(), report.fvu.item()
+        dead = self.stepper.dead.float().mean().item()
+        require_finite_loss(loss, self.step_number, self.output_dir, ADVICE)
+        values = {"loss": loss, "fvu": fvu, "dead_latents": dead}
+        if not math.isfinite(fvu):  # the rows of the batch are all equal
+            del values["fvu"]
+        self._log(values)
+        require_convergence(self.logger.history, self.args, self.output_dir)
 
     def _evaluate_on_the_way(self) -> None:
         with self._averaged():
@@ -193,6 +207,8 @@ class SAETrainer:
                 write_atomically(self.checkpoints.best, lambda path: save_file(tensors, path))
         else:
             self.evaluations_since_best += 1
+        for callback in self.callbacks:
+            callback.on_evaluate(self, self.step_number, metrics)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -210,7 +226,7 @@ class SAETrainer:
 
     def _save(self, loss: float) -> None:
         with self.processes.together():  # of several, one alone may see it
-            require_finite_loss(loss, self.step_number, self.output_dir, _ADVICE, self.sae)
+            require_finite_loss(loss, self.step_number, self.output_dir, ADVICE, self.sae)
         extra = {
             "step": torch.tensor(self.step_number),
             "rows_since_active": self.stepper.rows_since_active,
@@ -225,10 +241,8 @@ class SAETrainer:
 
     def evaluate(self) -> SAEMetrics:
         """FVU, L0 and dead latents on the held-out rows (with `eval_fraction=0` on training rows)."""
-        rows = self.eval_features
-        if self.scale.ndim or self.scale != 1:
-            rows = FeatureSet.from_tensor(rows[:] / self.scale)
-        return evaluate_sae(self.sae, rows, allow_mismatch=True)
+        scaled = self.scale.ndim > 0 or self.scale != 1
+        return evaluate_sae(self.sae, self.eval_features, allow_mismatch=True, scale=self.scale if scaled else None)
 
     def finish(self, seconds: float) -> SAETrainingResult:
         """Take the best or averaged weights, fold the input's scale in, measure and save."""
@@ -242,7 +256,9 @@ class SAETrainer:
             fold_input_scale_(sae, self.scale)
             self.scale = torch.ones(())
         metrics = self.evaluate()
-        require_finite_loss(metrics.fvu, self.step_number, self.output_dir, _ADVICE)
+        require_finite_loss(metrics.fvu, self.step_number, self.output_dir, ADVICE)
+        if metrics.fvu > 1:
+            logger.warning("The SAE explains less than the mean row does: FVU %.3g. Train for longer.", metrics.fvu)
         sae.provenance = self.source.provenance
         sae.latents = sae.latent_sheet = None  # of other weights
         rows = len(self.source)
@@ -285,6 +301,8 @@ def train_together(trainers: Sequence[SAETrainer], *, progress: bool = True) -> 
             f"features, batch_size, seed, eval_fraction and shard_latents (got {len(orders)} different orders of rows)."
         )
     source, processes = trainers[0].source, trainers[0].processes
+    for trainer in trainers:  # the same, and it remembers the mean that each asks for
+        trainer.source = source
     started = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(closing(source))

@@ -91,7 +91,7 @@ class SAETrainingArguments(JsonConfig):
     """Evaluations without a better FVU after which the training ends; None: never. Needs eval_steps."""
     keep_best: bool = False
     """Whether the finished SAE is the one with the best FVU of all evaluations. Needs eval_steps."""
-    max_dead_latents: float = 1.0
+    max_dead_latents: float = 0.95
     """Share of dead latents above which the training stops with advice; 1: never."""
     shard_latents: bool = False
     """Whether each process holds a share of the latents and sees whole batches, for dictionaries larger than a device;
@@ -100,7 +100,7 @@ class SAETrainingArguments(JsonConfig):
     seed: int = 0
     """Seed of the row order and the held-out images."""
     logging_steps: int = 50
-    """Steps between log lines."""
+    """Steps between log lines, beside the first and the last."""
     save_steps: int = 500
     """Steps between checkpoints."""
     report_to: str = "none"
@@ -113,6 +113,7 @@ class SAETrainingArguments(JsonConfig):
         It goes with `KSparseAutoencoderConfig(encoder_init="kaiming", activation="signed_topk")`.
         """
         of_paper: dict[str, Any] = {"learning_rate": 4e-4, "warmup_steps": 500, "dead_latent_boost": 0.0}
+        of_paper |= {"max_dead_latents": 1.0}
         of_paper |= {"lr_scheduler_type": "constant_with_warmup"}
         return cls(output_dir=output_dir, **(of_paper | changes))
 
