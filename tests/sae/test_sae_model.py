@@ -338,10 +338,11 @@ def test_tied_initialisation_is_the_transpose_with_unit_norm() -> None:
     assert sae.W_enc.untyped_storage().data_ptr() != sae.W_dec.untyped_storage().data_ptr(), "equal, not shared"
 
 
-def test_kaiming_initialisation_has_he_bounds_and_is_independent() -> None:
+def test_kaiming_initialisation_is_torchs_and_independent() -> None:
     sae = KSparseAutoencoder(KSparseAutoencoderConfig(d_in=64, num_latents=512, k=K, encoder_init="kaiming"))
-    bound = (6 / 64) ** 0.5
-    assert sae.W_enc.abs().max() <= bound
+    bound = torch.nn.init.kaiming_uniform_(torch.empty(64, 512)).abs().max().item()
+    assert bound == pytest.approx((6 / 512) ** 0.5, rel=1e-3)
+    assert sae.W_enc.abs().max().item() == pytest.approx(bound, rel=1e-3)
     assert sae.W_enc.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)  # of a uniform distribution
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(512))
     cosine = torch.nn.functional.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=1)

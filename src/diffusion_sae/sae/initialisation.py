@@ -18,8 +18,15 @@ def initial_weights(config: Any) -> tuple[Float[Tensor, "d_in num_latents"], Flo
     W_dec /= W_dec.norm(dim=1, keepdim=True)
     if config.encoder_init == "tied":
         return W_dec.T, W_dec
-    bound = math.sqrt(6 / config.d_in)  # He et al. 2015 for a layer of d_in inputs, uniform
-    return (torch.rand(config.d_in, config.num_latents, generator=generator) * 2 - 1) * bound, W_dec
+    return (torch.rand(config.d_in, config.num_latents, generator=generator) * 2 - 1) * kaiming_bound(config), W_dec
+
+
+def kaiming_bound(config: Any) -> float:
+    """Of torch's `kaiming_uniform_` on a tensor (d_in, num_latents), which it takes for a layer of num_latents inputs.
+
+    So Revelio's code draws W_enc; He et al. (2015) have √(6 / d_in) for this layer.
+    """
+    return math.sqrt(6 / config.num_latents)
 
 
 def initial_shard(
@@ -41,7 +48,7 @@ def initial_shard(
     W_dec /= W_dec.norm(dim=1, keepdim=True)
     if config.encoder_init == "tied":
         return W_dec.clone(), W_dec
-    W_enc, bound = torch.empty(high - low, width), math.sqrt(6 / width)
+    W_enc, bound = torch.empty(high - low, width), kaiming_bound(config)
     for start, end in _blocks_of_rows(width, latents, block):
         drawn = torch.rand(end - start, latents, generator=generator)[:, low:high]
         W_enc[:, start:end] = ((drawn * 2 - 1) * bound).T

@@ -11,7 +11,7 @@ WHOLE = WholeBatch()
 
 
 def normalized_mse(reconstruction: Tensor, target: Tensor) -> Float[Tensor, ""]:
-    """mean over rows of ‖x̂ − x‖² / ‖x‖² (Gao et al. 2024, §2.1; the loss of Revelio)."""
+    """mean over rows of ‖x̂ − x‖² / ‖x‖² (Gao et al. 2024, §2.1)."""
     return NormalizedMSE.apply(reconstruction, target)[0]  # type: ignore[index]
 
 

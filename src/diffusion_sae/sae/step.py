@@ -115,7 +115,7 @@ class TrainingStep:
 
     def _backward(self, batch: Tensor, timesteps: Timesteps, k: int | None) -> StepReport:
         size = self.args.micro_batch_size or len(batch)
-        loss, error, acts, indices = batch.new_zeros(()), batch.new_zeros(()), [], []
+        loss, error, acts, indices, fvu = batch.new_zeros(()), batch.new_zeros(()), [], [], None
         for start in range(0, len(batch), size):
             rows = slice(start, start + size)
             part = batch[rows]
@@ -137,12 +137,13 @@ class TrainingStep:
             loss += share.detach()
             acts.append(output.top_acts.detach())
             indices.append(output.top_indices)
+            fvu = output.fvu
             if len(part) < len(batch):
                 error += (part - output.reconstruction.detach()).pow(2).sum()
         if self.sae.config.activation == "batchtopk":
             self._learn_threshold(acts)
-        if len(acts) == 1:
-            return StepReport(loss, output.fvu, acts[0], indices[0])
+        if fvu is not None and len(acts) == 1:
+            return StepReport(loss, fvu, acts[0], indices[0])
         fvu = self.processes.mean(error) / total_variance(batch, self.processes)
         return StepReport(loss, fvu, torch.cat([a.flatten() for a in acts]), torch.cat([i.flatten() for i in indices]))
 

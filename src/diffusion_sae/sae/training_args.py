@@ -108,12 +108,14 @@ class SAETrainingArguments(JsonConfig):
 
     @classmethod
     def revelio(cls, output_dir: str, **changes: Any) -> Self:
-        """The paper's training: learning rate 4e-4, 500 steps of warm-up, no AuxK.
+        """The paper's training: learning rate 4e-4, 500 steps of warm-up, nothing against dead latents, no clipping.
 
-        It goes with `KSparseAutoencoderConfig(encoder_init="kaiming", activation="signed_topk")`.
+        It goes with `KSparseAutoencoderConfig(encoder_init="kaiming", activation="signed_topk")`. The loss is the
+        library's: the error of each row relative to its length, where the paper's code has that of the batch relative
+        to its variance.
         """
         of_paper: dict[str, Any] = {"learning_rate": 4e-4, "warmup_steps": 500, "dead_latent_boost": 0.0}
-        of_paper |= {"max_dead_latents": 1.0}
+        of_paper |= {"max_dead_latents": 1.0, "max_grad_norm": None}
         of_paper |= {"lr_scheduler_type": "constant_with_warmup"}
         return cls(output_dir=output_dir, **(of_paper | changes))
 
