@@ -123,10 +123,23 @@ def recovery(result: dict[str, Any]) -> str:
     return table(header, rows) + "\n\n" + source(result, result["machine"], "sae-recovery.json")
 
 
+def variants(result: dict[str, Any]) -> str:
+    rows = []
+    for shape, found in result["shapes"].items():
+        size, d_in, n, _ = shape.split(",")
+        for activation, ratio in found["over_topk"].items():
+            ways = found["over_as_it_is"][activation]
+            numbers = [f"{one:.2f}" for one in (ratio, ways["compiled"], ways["bf16"])]
+            rows.append([f"{int(size):,} × {d_in}", f"{int(n):,}", activation, *numbers])
+    header = ["rows × d_in", "latents", "activation", "over topk", "compiled / as it is", "bf16 / fp32"]
+    return table(header, rows) + "\n\n" + source(result, result["machine"], "sae-variants.json")
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "training": ("sae-training-speed.json", training),
     "memory": ("sae-training-speed.json", memory),
     "profile": ("sae-training-profile.json", profile),
+    "variants": ("sae-variants.json", variants),
     "encoding": ("sae-encoding.json", encoding),
     "extraction": ("extraction-speed.json", extraction),
     "recovery": ("sae-recovery.json", recovery),

@@ -2,8 +2,8 @@
 
     z = TopK(W_encᵀ (x − b_dec) + b_enc),    x̂ = W_decᵀ z + b_dec,    loss = mean ‖x̂ − x‖² / ‖x‖²
 
-TopK is signed, without ReLU. Codes are dense, as there. Its code has the error of the batch relative to its variance for
-a loss; this one is that of all contenders.
+TopK is signed, without ReLU. Codes are dense, as there. Its code has the error of the batch relative to its variance as
+the loss; this one is that of all contenders.
 """
 
 import torch

@@ -110,6 +110,7 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
     def _dense_pre_acts(self, rows: Rows) -> Float[Tensor, "N num_latents"]:
         return torch.addmm(self.b_enc, rows.normalised - rows.bias, self.W_enc)
 
+    @torch.compiler.disable  # as in `_decoded`: the autograd of these operators is their own
     def _encoded(self, rows: Rows, choose: Choose, subset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return Encode.apply(  # type: ignore[return-value]
             rows.normalised, rows.bias, self.W_enc.T, self.b_enc, choose, subset, self._collect
@@ -166,6 +167,7 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
             return self._decoded(code, self.b_dec)
         return self.timestep_scale[index, None] * self._decoded(code, self.b_dec[index])
 
+    @torch.compiler.disable
     def _decoded(self, code: SparseCode, bias: Tensor | None = None) -> Float[Tensor, "N d_in"]:
         return DecodeRows.apply(code.top_acts, code.top_indices, self.W_dec, bias, self._collect)  # type: ignore[misc]
 
