@@ -1,4 +1,4 @@
-"""The tables of docs/speed.md and docs/sae-recovery.md, from the results that the benchmarks have left.
+"""The tables of docs/speed.md, sae-recovery.md and latent-study.md, from the results that the benchmarks have left.
 
     python benchmarks/tables.py            # writes them between their marks in the pages
     python benchmarks/tables.py --check    # says which are not those of the results, and fails
@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from study_tables import STUDY_TABLES
+
 from diffusion_sae._files import read_json, write_atomically
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("speed.md", "sae-recovery.md")
+PAGES = ("speed.md", "sae-recovery.md", "latent-study.md")
 MARK = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MODELS = {"tiny-sd": "tiny-sd", "sd15": "SD 1.5's shape"}
 
@@ -143,6 +145,11 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "encoding": ("sae-encoding.json", encoding),
     "extraction": ("extraction-speed.json", extraction),
     "recovery": ("sae-recovery.json", recovery),
+    **{
+        name: ("latent-study.json", lambda result, make=make: table(*make(result)))
+        for name, make in STUDY_TABLES.items()
+    },
+    "latents-source": ("latent-study.json", lambda result: source(result, result["machine"], "latent-study.json")),
 }
 
 

@@ -26,6 +26,18 @@ def test_python_blocks_run_in_order(tmp_path: Path) -> None:
     assert "up_ft3" in done.stdout
 
 
+def test_python_blocks_of_the_page_on_saes_run_in_order(tmp_path: Path) -> None:
+    page = (ROOT / "docs/saes.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, several, at_25, steps = done.stdout.splitlines()
+    assert alone.startswith("SAEMetrics(fvu=0.")
+    assert len(several.split(",")) == 4
+    assert float(at_25.removeprefix("tensor(").split(",")[0]) < 1
+    assert int(steps) < 200, "the callback had nothing to do"
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", blocks("bash")[0], flags=re.MULTILINE):

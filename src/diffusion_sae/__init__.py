@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .sae.encoding import encode_features
     from .sae.modeling import KSparseAutoencoder
     from .sae.sparse_codes import SparseCodes
-    from .sae.trainer import SAETrainer
+    from .sae.trainer import SAETrainer, train_together
     from .sae.training_args import SAETrainingArguments
 
 _HOMES = {
@@ -38,6 +38,7 @@ _HOMES = {
     "SparseCodes": "sae.sparse_codes",
     "encode_features": "sae.encoding",
     "list_artifacts": "hub.listing",
+    "train_together": "sae.trainer",
 }
 __all__ = [
     "DiffusionFeatureExtractor",
@@ -55,6 +56,7 @@ __all__ = [
     "SweepConfig",
     "encode_features",
     "list_artifacts",
+    "train_together",
 ]
 __version__ = "0.1.0"
 

@@ -48,7 +48,7 @@ class TestMatch:
     def test_the_order_of_the_latents_does_not_matter(self):
         decoder = normal(30, 8)
         order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
-        found = match_decoders(decoder, 3 * decoder[order])
+        found = match_decoders(torch.nn.Parameter(decoder), 3 * decoder[order])
         assert torch.equal(order[found.second], found.first)
         assert found.mean == pytest.approx(1, abs=1e-6)
         assert match(normal(6, 4)[torch.tensor([3, 1, 0, 5, 2, 4])]).mean == pytest.approx(match(normal(6, 4)).mean)

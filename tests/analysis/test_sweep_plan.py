@@ -9,8 +9,10 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_sae import SweepConfig
+from diffusion_sae.analysis.sweep.fit_cost import EFFICIENCY, STEP_SECONDS, fit_seconds
 from diffusion_sae.analysis.sweep.plan import describe, plan
 from diffusion_sae.analysis.sweep.published import BY_ID, published_model
+from diffusion_sae.analysis.sweep.specs import HeadSpec
 from diffusion_sae.cli.main import main
 from diffusion_sae.extraction.hooks import ImageStream, run_until_captured
 from diffusion_sae.extraction.published import DIT_XL_2, SD15_UNET
@@ -44,9 +46,42 @@ def test_fits_are_estimated_by_the_classes_of_each_label(tmp_path: Path, monkeyp
         plan(config(tmp_path, dataset="emoji-mini", labels=labels, seeds=(0,)))
         for labels in (("label",), ("label", "subgroup"))
     )
-    assert both["fit_seconds"] > 2 * coarse["fit_seconds"]
+    assert both["fit_seconds"]["linear"] > 2 * coarse["fit_seconds"]["linear"]
     other = plan(config(tmp_path, limit=10, heads=("linear", "knn")))
-    assert "not estimated (heads other than linear take what their training takes)" in describe(other)
+    assert "probes: linear about 0 s, knn about 0 s" in describe(other)
+
+
+class TestTimeOfAFit:
+    RATE = 1e11
+
+    def seconds(self, head: str, images: int = 160, **options: Any) -> float:
+        """On features of 8 channels and 64 positions, of two classes."""
+        return fit_seconds(HeadSpec.parse({"head": head, **options}), 8, 64, images, 2, self.RATE)
+
+    def test_of_an_mlp_by_hand(self) -> None:
+        """8 → 4 → 2, batches of 16: two operations a weight and image forward, and four backward but for the first
+        layer, whose input has no gradient."""
+        forward, backward = 2 * 16 * (8 * 4 + 4 * 2), 2 * 16 * (8 * 4 + 2 * 4 * 2)
+        expected = 30 * 10 * ((forward + backward) / (EFFICIENCY * self.RATE) + STEP_SECONDS)
+        assert self.seconds("mlp", width=4) == pytest.approx(expected, rel=1e-9)
+
+    def test_grows_with_epochs_images_and_width(self) -> None:
+        one = self.seconds("diff-c", width=16)
+        assert self.seconds("diff-c", width=16, num_train_epochs=60, cosine_epochs=90) == pytest.approx(2 * one)
+        assert self.seconds("diff-c", width=16, images=320) == pytest.approx(2 * one)
+        assert self.seconds("diff-c", width=64) > one
+        assert self.seconds("attention", width=16) > 0
+
+
+def test_memory_is_that_of_the_largest_cell(tmp_path: Path) -> None:
+    """up_ft1 of tiny-sd has 96 channels at 4 × 4 positions."""
+    common = {"limit": 50, "layers": ("up_ft1",)}
+    pooled, whole = (plan(config(tmp_path, heads=heads, **common)) for heads in (("linear",), ("linear", "diff-c")))
+    assert pooled["memory_bytes"] == 150 * 96 * 4  # images × channels × bytes
+    assert whole["memory_bytes"] == 16 * pooled["memory_bytes"]
+    views = plan(config(tmp_path, heads=("diff-c",), views=3, **common))
+    assert views["memory_bytes"] == 2 * whole["memory_bytes"]  # 150 images, and 3 views of 50 of them
+    assert "memory: " in describe(pooled)
 
 
 def test_features_that_are_not_kept_need_the_disk_of_one_timestep(tmp_path: Path) -> None:

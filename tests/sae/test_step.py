@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor, optim
 
 from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, SAETrainingArguments
 from diffusion_sae._training import load_checkpoint, save_checkpoint
+from diffusion_sae.sae import penalised
 from diffusion_sae.sae import step as step_module
 from diffusion_sae.sae.configuration import ACTIVATIONS
 from diffusion_sae.sae.step import StepReport, TrainingStep
 from diffusion_sae.sae.training_args import OPTIMIZERS
 
 D_IN, NUM_LATENTS, K, ROWS, LEARNING_RATE = 16, 48, 4, 32, 1e-2
-DENSE = ("jumprelu", "relu")
+PENALISED = ("jumprelu", "relu")
 MODELS = {
     "plain": {},
     "matryoshka": {"matryoshka_sizes": [8, 20, NUM_LATENTS]},
@@ -41,12 +43,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "micro_batch_size": 12,
     },
 }
-MODELS_OF = [(a, model) for a in ACTIVATIONS for model in MODELS if not (a in DENSE and model == "matryoshka")]
+MODELS_OF = [(a, model) for a in ACTIVATIONS for model in MODELS if not (a in PENALISED and model == "matryoshka")]
 COMPARED = [  # of the dense ones both ways are the same
     (a, model, settings)
     for a, model in MODELS_OF
     for settings in SETTINGS
-    if a not in DENSE or settings == "everything"
+    if a not in PENALISED or settings in ("plain", "everything")
 ]
 RESUMED = [(a, model) for a, model in MODELS_OF if model == "plain" or a == "batchtopk"]
 
@@ -96,7 +98,7 @@ def test_fused_equals_backward_and_adam(
 ) -> None:
     features = superposition(3 * ROWS)
     fused, ordinary = (make_step(activation, model, **SETTINGS[settings]) for _ in range(2))
-    assert fused.fused == (activation not in DENSE)
+    assert fused.fused
     ordinary.fused = False
     start = {name: value.clone() for name, value in fused.sae.state_dict().items()}
     reports, expected = run(fused, features), run(ordinary, features)
@@ -109,6 +111,32 @@ def test_fused_equals_backward_and_adam(
     torch.testing.assert_close(fused.sae.W_dec.norm(dim=1), torch.ones(NUM_LATENTS))
     assert all(torch.isfinite(report.loss) for report in reports)
     assert reports[-1].fvu.item() < reports[0].fvu.item()
+
+
+@pytest.mark.parametrize("activation", PENALISED)
+@pytest.mark.parametrize("fused", [True, False])
+def test_few_active_latents_give_the_step_of_dense_codes(
+    activation: str, fused: bool, superposition: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    for few in (0.0, 1.0):
+        monkeypatch.setattr(penalised, "FEW", few)
+        step = make_step(activation, sparsity_coefficient=0.1, max_grad_norm=0.1)
+        step.fused = fused
+        with torch.no_grad():
+            (step.sae.log_threshold if activation == "jumprelu" else step.sae.b_enc).fill_(-0.3)
+        passes = "_sparse_pass" if few else "_dense_pass"
+        called = mock.Mock(wraps=getattr(penalised, passes))
+        monkeypatch.setattr(penalised, passes, called)
+        reports = run(step, superposition(3 * ROWS))
+        assert called.call_count == 3
+        steps.append((step, reports))
+    (dense, expected), (sparse, got) = steps
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one.loss, other.loss, rtol=1e-4, atol=1e-5)
+    assert_same_state(sparse, dense)
+    if activation == "jumprelu":
+        assert not torch.equal(sparse.sae.log_threshold, torch.full((NUM_LATENTS,), -0.3)), "thresholds have learned"
 
 
 @pytest.mark.parametrize("changed", ["auxk", "multi_topk", "clipping", "bf16"])
@@ -153,8 +181,7 @@ def test_gradients_that_are_kept_for_clipping_are_those_formed_twice(
     assert_same_state(kept, formed_twice, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name not in DENSE])
+@pytest.mark.parametrize(("activation", "model"), MODELS_OF, ids=map("-".join, MODELS_OF))
 def test_nothing_of_a_step_outlives_it(
     activation: str, model: str, superposition: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +195,7 @@ def test_nothing_of_a_step_outlives_it(
     assert [of_step() for of_step in noted] == [None, None]
 
 
-@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name not in DENSE])
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name not in PENALISED])
 @pytest.mark.parametrize("settings", ["plain", "everything"])
 def test_the_weights_never_get_a_gradient(
     activation: str, settings: str, superposition: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch

@@ -420,7 +420,7 @@ def test_dense_latents_are_held_in_training_alone(
 ) -> None:
     sae, features = make_sae(activation=activation), superposition(60)
     dense = sae.train()(features)
-    monkeypatch.setattr(KSparseAutoencoder, "_dense_pass", lambda *_: pytest.fail("rows × latents were computed"))
+    monkeypatch.setattr(KSparseAutoencoder, "_dense_pre_acts", lambda *_: pytest.fail("rows × latents were computed"))
     sparse = sae.eval()(features)
     torch.testing.assert_close(sparse.reconstruction, dense.reconstruction)
     assert sparse.loss.item() == pytest.approx(dense.loss.item(), rel=1e-5)

@@ -71,14 +71,14 @@ def _widened(values: Tensor, indices: Tensor, width: int) -> tuple[Tensor, Tenso
 class JumpReLU(torch.autograd.Function):
     """z = p · 1[p > θ]; the derivative in θ is estimated with a rectangular kernel of width ε (§4, eq. 11):
 
-    ∂z/∂θ ≈ −(θ / ε) · 1[|p − θ| < ε / 2].
+    ∂z/∂θ ≈ −(θ / ε) · 1[|p − θ| < ε / 2]. θ is one of each latent, (n,), or of each place of a code, (N, most).
     """
 
     @staticmethod
     def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(pre_acts, threshold)
         ctx.bandwidth = bandwidth
-        return pre_acts * (pre_acts > threshold)
+        return torch.where(pre_acts > threshold, pre_acts, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -87,7 +87,7 @@ class JumpReLU(torch.autograd.Function):
         near = (pre_acts - threshold).abs() < ctx.bandwidth / 2
         return (
             gradient * (pre_acts > threshold),
-            (gradient * near * (-threshold / ctx.bandwidth)).sum(0),
+            (gradient * near * (-threshold / ctx.bandwidth)).sum_to_size(threshold.shape),
             None,
         )
 
@@ -105,4 +105,4 @@ class Step(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         pre_acts, threshold = ctx.saved_tensors
         near = (pre_acts - threshold).abs() < ctx.bandwidth / 2
-        return None, (gradients[0] * near * (-1 / ctx.bandwidth)).sum(0), None
+        return None, (gradients[0] * near * (-1 / ctx.bandwidth)).sum_to_size(threshold.shape), None

@@ -10,8 +10,8 @@ from ..hub.artifact import ArtifactConfig, refuse_unknown_config_keys
 
 ENCODER_INITS = ("tied", "kaiming")
 TOP_K = ("topk", "relu_topk", "signed_topk")
-DENSE = ("jumprelu", "relu")  # any number of latents may be active in training
-ACTIVATIONS = (*TOP_K, "batchtopk", *DENSE)
+PENALISED = ("jumprelu", "relu")  # any number of latents may be active in training
+ACTIVATIONS = (*TOP_K, "batchtopk", *PENALISED)
 
 
 @strict

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._training import hold_out_images
 from ..features import FeatureSet, FeatureSource, ImageSubset, ShuffledBatches, as_feature_set
 from ..provenance import require_same_provenance
-from .configuration import DENSE
+from .configuration import PENALISED
 from .modeling import KSparseAutoencoder
 from .training_args import SAETrainingArguments
 
@@ -103,7 +103,7 @@ def _require_options(sae: KSparseAutoencoder, args: SAETrainingArguments, proces
             f"k_anneal_start must lie between k = {config.k} and num_latents = {config.num_latents}, got "
             f"{args.k_anneal_start}."
         )
-    if config.activation in DENSE and (args.multi_topk_alpha or args.k_anneal_start is not None):
+    if config.activation in PENALISED and (args.multi_topk_alpha or args.k_anneal_start is not None):
         raise ValueError(
             f"multi_topk_alpha and k_anneal_start are for TopK activations and batchtopk, this SAE's is "
             f"{config.activation!r}. Leave them out."

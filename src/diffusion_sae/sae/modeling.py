@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from ..features import FeatureSet
 from ..hub.artifact import ArtifactModel
 from ..provenance import require_same_provenance
-from .activations import JumpReLU, Step, batch_top_k
+from .activations import batch_top_k
 from .card import card_text
 from .code import KSparseAutoencoderOutput, SparseCode
-from .configuration import DENSE, TOP_K, KSparseAutoencoderConfig
+from .configuration import PENALISED, TOP_K, KSparseAutoencoderConfig
 from .export_code import ExportsCode
 from .foreign import load_foreign, save_foreign
 from .initialisation import initial_weights
 from .latent_table import DescribedLatents
-from .losses import WHOLE, auxk_loss, l0_penalty, l1_penalty, normalized_mse, total_variance
+from .losses import WHOLE, auxk_loss, normalized_mse, total_variance
+from .penalised import penalised_pass
 from .processes import WholeBatch
 from .rows import Rows, Timesteps, checked_features, timestep_index
 from .selection import encode_above, encode_top_k
@@ -211,8 +212,8 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
         rows = self._rows(features, timesteps)
         target = features.to(self.dtype)
         sparsity = target.new_zeros(())
-        if self.config.activation in DENSE and self.training:
-            code, decoded, sparsity = self._dense_pass(rows, target, shared)
+        if self.config.activation in PENALISED and self.training:
+            code, decoded, sparsity = penalised_pass(self, rows, target, shared)
             reconstruction = rows.back(decoded)
             loss, error = NormalizedMSE.apply(reconstruction, target)  # type: ignore[misc]
         else:
@@ -275,19 +276,6 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
             losses.append(loss)
             low = high
         return reconstruction, torch.stack(losses).mean(), error
-
-    def _dense_pass(self, rows: Rows, target: Tensor, shared: WholeBatch) -> tuple[SparseCode, Tensor, Tensor]:
-        """`relu` and `jumprelu`, in whose training any number of latents is active: code, decoded rows, penalty."""
-        pre_acts = F.relu(self._dense_pre_acts(rows))
-        if self.config.activation == "relu":
-            latent_acts = pre_acts
-            sparsity = l1_penalty(latent_acts, self.W_dec.norm(dim=1), target)
-        else:
-            threshold, width = self.log_threshold.exp(), self.config.jumprelu_bandwidth
-            latent_acts: Tensor = JumpReLU.apply(pre_acts, threshold, width)  # type: ignore[assignment]
-            active: Tensor = Step.apply(pre_acts, threshold, width)  # type: ignore[assignment]
-            sparsity = l0_penalty(active, self.config.k, shared)
-        return SparseCode.of_dense(latent_acts.detach()), latent_acts @ self.W_dec + rows.bias, sparsity
 
     @torch.no_grad()
     def update_threshold_(self, top_acts: Tensor, rate: float = 0.01) -> None:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .configuration import DENSE
+from .configuration import PENALISED
 from .modeling import KSparseAutoencoder, Timesteps
 
 
@@ -35,7 +35,7 @@ def resample_(
     alive = sae.W_enc[:, ~dead]
     length = alive.norm(dim=0).mean() if alive.shape[1] else sae.W_enc.new_ones(())
     sae.W_dec[places] = directions
-    share = 0.2 if sae.config.activation in DENSE else 1.0
+    share = 0.2 if sae.config.activation in PENALISED else 1.0
     sae.W_enc[:, places] = share * length * directions.T
     sae.b_enc[places] = 0
     for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):

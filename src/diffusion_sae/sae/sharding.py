@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from .code import KSparseAutoencoderOutput, SparseCode
-from .configuration import DENSE, TOP_K
+from .configuration import PENALISED, TOP_K
 from .initialisation import initial_shard
 from .modeling import KSparseAutoencoder
 from .processes import PER_LATENT, SAEProcesses, ShardProcesses, WholeBatch
@@ -62,7 +62,7 @@ def _require_shardable(sae: KSparseAutoencoder, args: SAETrainingArguments) -> N
             f"{sae.device}. Make it by `with torch.device('meta'): sae = KSparseAutoencoder(config)`: each process "
             "draws its own share from config.init_seed. An SAE that is trained already cannot go on so."
         )
-    if sae.config.activation in DENSE:
+    if sae.config.activation in PENALISED:
         raise ValueError(
             f"shard_latents=True is for the activations {', '.join((*TOP_K, 'batchtopk'))}, this SAE's is "
             f"{sae.config.activation!r}. Choose one of them, or leave shard_latents out."

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from .configuration import DENSE
 from .losses import total_variance
 from .modeling import KSparseAutoencoder, Timesteps
 from .processes import SAEProcesses
@@ -45,7 +44,7 @@ class TrainingStep:
         self.processes = SAEProcesses(cpu=sae.device.type == "cpu") if processes is None else processes
         self.rows_until_dead = args.rows_until_dead(sae.config.num_latents, sae.config.k)
         trained = sae.W_enc.requires_grad and sae.W_dec.requires_grad  # frozen weights are left to the optimiser
-        self.fused = args.optimizer == "adam" and sae.config.activation not in DENSE and trained
+        self.fused = args.optimizer == "adam" and trained
         make: Any = getattr(torch.optim, OPTIMIZERS[args.optimizer])
         self.learning_rate = args.peak_learning_rate(sae.config.d_in)
         self.optimizer: torch.optim.Optimizer = make(sae.parameters(), lr=self.learning_rate)
@@ -151,8 +150,8 @@ class TrainingStep:
     def _update(self, gradients: SparseGradients, learning_rate: float) -> None:
         """The fused update of the weights, and that of the small parameters."""
         sae = self.sae
-        sums = _BlockSums(gradients, sae.W_dec, keep=self._keeps_gradients())
-        small = [p for p in (sae.b_enc, sae.b_dec) if p.grad is not None]
+        sums = _BlockSums(gradients, sae, keep=self._keeps_gradients())
+        small = [p for p in sae.parameters() if p.grad is not None and p is not sae.W_enc and p is not sae.W_dec]
         scale = self._clip_factor(sums, small)
         W_enc, W_dec = (self._rows_and_state(p) for p in (sae.W_enc, sae.W_dec))
         for block in self._blocks():
@@ -252,10 +251,17 @@ class TrainingStep:
 
 
 class _BlockSums:
-    """Gradient rows of W_enc and W_dec, a block of latents at a time; with `keep` each block is formed once."""
+    """Gradient rows of W_enc and W_dec, a block of latents at a time; with `keep` each block is formed once.
 
-    def __init__(self, gradients: SparseGradients, W_dec: Tensor, *, keep: bool) -> None:
-        self._W_dec = W_dec
+    They are the sums that were noted, and what a dense pass has left in the parameters' `grad`.
+    """
+
+    def __init__(self, gradients: SparseGradients, sae: KSparseAutoencoder, *, keep: bool) -> None:
+        self._W_dec = sae.W_dec.detach()
+        self._dense = {
+            "W_enc": None if sae.W_enc.grad is None else sae.W_enc.grad.T,
+            "W_dec": sae.W_dec.grad,
+        }
         self._kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         self._sorted: dict[int, ByLatent] = {}  # encoder and decoder share the indices of a code
         self._entries = {
@@ -274,6 +280,9 @@ class _BlockSums:
 
     def _sum(self, name: str, block: slice) -> Tensor:
         parts = [by.sums(weights, dense, block.start, block.stop) for by, weights, dense in self._entries[name]]
+        dense = self._dense[name]
+        if dense is not None:
+            parts.insert(0, dense[block].clone())
         total = parts[0]
         for part in parts[1:]:
             total += part

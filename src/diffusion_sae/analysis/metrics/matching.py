@@ -45,10 +45,13 @@ def match(similarity: Float[Tensor, "n m"]) -> Matching:
 
     if similarity.ndim != 2 or not similarity.numel() or not bool(torch.isfinite(similarity).all()):
         raise ValueError(f"Similarities must be a finite (n, m) table, got the shape {tuple(similarity.shape)}.")
-    first, second = map(torch.from_numpy, linear_sum_assignment(similarity.double().numpy(), maximize=True))
+    first, second = map(
+        torch.from_numpy, linear_sum_assignment(similarity.detach().double().cpu().numpy(), maximize=True)
+    )
     return Matching(first, second, similarity[first, second])
 
 
+@torch.no_grad()
 def cosine_similarities(first: Float[Tensor, "n d"], second: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
     """Cosine of every row of one decoder with every row of the other; 0 for a row of zeros. Signs count."""
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:

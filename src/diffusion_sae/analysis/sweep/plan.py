@@ -15,15 +15,15 @@ from ...provenance import DTYPES
 from ...zoo import embedded_datasets, embedded_models
 from .config import SweepConfig
 from .data import open_splits, tasks
-from .fits import check_head
+from .fit_cost import fit_seconds, row_numbers
+from .fits import check_head, takes_views
 from .published import published_model
 from .sources import Source, cells_of, sources_of
-from .specs import ModelSpec
+from .specs import HeadSpec, ModelSpec
 
 ASSUMED_WIDTH, ASSUMED_STRIDE, ASSUMED_SIZE = 1280, 16, 512
 BYTES: dict[str, int] = dict(zip(DTYPES, (4, 2, 2), strict=True))
-# of the peak of a matrix product that the convolutions and attentions of a denoiser reach, and L-BFGS steps a path
-EFFICIENCY, STEPS = 0.6, 50
+EFFICIENCY = 0.6  # of the peak of a matrix product that the convolutions and attentions of a denoiser reach
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,25 @@ def _stored_numbers(cost: ModelCost, pooling: str) -> int:
     return sum(channels * (positions if whole else 1) for channels, positions in cost.numbers.values())
 
 
-def _fit_seconds(cost: ModelCost, images: int, classes: int, config: SweepConfig, flops: float) -> float:
-    """Of a linear head, all layers of a timestep and all seeds: covariances, factors, and products of the path."""
-    total, seeds = 0.0, len(config.seeds)
-    for channels, _ in cost.numbers.values():
-        steps = STEPS * 4.0 * images * channels * classes * seeds
-        total += 2.0 * images * channels**2 + 5 * channels**3 / 3 + steps
-    # skinny products reach half of a square one's rate
-    return total / (0.5 * flops) + 0.05 * seeds * len(cost.numbers)
+def _fit_seconds(
+    cost: ModelCost, head: HeadSpec, images: int, classes: list[int], config: SweepConfig, flops: float
+) -> float:
+    """All layers of a timestep, all labels and all seeds."""
+    each = [
+        fit_seconds(head, channels, positions, images, count, flops)
+        for channels, positions in cost.numbers.values()
+        for count in classes
+    ]
+    return sum(each) * len(config.seeds)
+
+
+def _fit_bytes(cost: ModelCost, images: int, training: int, config: SweepConfig) -> int:
+    """Features of the largest cell, which are in memory in fp32 while it is fitted."""
+    sizes = []
+    for head in config.head_specs:
+        rows = images + (config.views * training if takes_views(head) else 0)
+        sizes += [4 * rows * row_numbers(head, *numbers) for numbers in cost.numbers.values()]
+    return max(sizes)
 
 
 def plan(config: SweepConfig) -> dict[str, Any]:
@@ -167,16 +178,17 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     entries = [_entry(source, costs[source.model.name], images, training, config) for source in sources]
     cells = sum(entry["cells"] for entry in entries)
     fits = cells * len(config.seeds)
-    linear = [head for head in config.head_specs if head.head == "linear"]
-    fit_seconds = None
-    if images is not None and len(linear) == len(config.head_specs):
-        fit_seconds = sum(
-            len(source.timesteps)
-            * len(linear)
-            * _fit_seconds(costs[source.model.name], training, classes, config, flops)
-            for source in sources
-            for classes in _class_counts(config, opened)
-        )
+    fit_times = memory = None
+    if images is not None:
+        classes = _class_counts(config, opened)
+        fit_times = {
+            head.name: sum(
+                len(source.timesteps) * _fit_seconds(costs[source.model.name], head, training, classes, config, flops)
+                for source in sources
+            )
+            for head in config.head_specs
+        }
+        memory = max(_fit_bytes(cost, images, training, config) for cost in costs.values())
     return {
         "dataset": config.dataset,
         "images": counts,
@@ -186,8 +198,8 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         "cells": cells,
         "fits": fits,
         "extraction_seconds": _total([entry["seconds"] for entry in entries]),
-        "fit_seconds": fit_seconds,
-        "linear": len(linear) == len(config.head_specs),
+        "fit_seconds": fit_times,
+        "memory_bytes": memory,
         "disk_bytes": _total([e["bytes"] for e in entries], most=not config.keep_features),
         "output_dir": config.output_dir,
     }
@@ -230,6 +242,12 @@ def _duration(seconds: float | None) -> str:
     return f"about {seconds:.0f} s"
 
 
+def _fits(seconds: dict[str, float] | None) -> str:
+    if seconds is None:
+        return _duration(None)
+    return ", ".join(f"{head} {_duration(one)}" for head, one in seconds.items())
+
+
 def _size(count: float | None) -> str:
     if count is None:
         return "not estimated"
@@ -254,8 +272,8 @@ def describe(planned: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"fit {planned['cells']:,} cells, {planned['fits']:,} probes: {_duration(planned['fit_seconds'])}"
-        + ("" if planned["linear"] else " (heads other than linear take what their training takes)"),
+        f"fit {planned['cells']:,} cells, {planned['fits']:,} probes: {_fits(planned['fit_seconds'])}",
+        f"memory: {_size(planned['memory_bytes'])} for the features of the largest cell",
         f"extraction: {_duration(planned['extraction_seconds'])}; disk at most {_size(planned['disk_bytes'])}",
         f"results: {planned['output_dir']}/results.parquet and sweep.json. Nothing was done.",
     ]

@@ -1,0 +1,58 @@
+"""What the fits of a cell take, before any is done: counted from the head's own operations."""
+
+import math
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...probes.configuration import DiffusionProbeConfig
+from ...probes.heads import HEADS
+from ...probes.modeling import DiffusionProbe
+from ...probes.trainer import optimizer_of
+from ...probes.training_args import ProbeTrainingArguments
+from .fits import probe_options
+from .specs import HeadSpec
+
+# of the peak of a matrix product that a head's convolutions and attention reach; what a step costs beside its
+# operations, in seconds; steps of L-BFGS over a path
+EFFICIENCY, STEP_SECONDS, STEPS = 0.5, 0.004, 50
+WHOLE = ("none", "tokens")
+
+
+def row_numbers(head: HeadSpec, channels: int, positions: int) -> int:
+    """Numbers of an image's features, as the head takes them."""
+    return channels * (positions if head.pooling in WHOLE else 1)
+
+
+def fit_seconds(head: HeadSpec, channels: int, positions: int, images: int, classes: int, flops: float) -> float:
+    """One seed of one cell on `images` training images, at `flops` operations a second of a matrix product.
+
+    AdamW: all epochs of forward and backward passes, whose operations are counted. L-BFGS: covariance, factors and
+    the products of a path of as many steps as are usual with few classes; many classes can take many times as long.
+    """
+    probe, training = probe_options(head)
+    args = ProbeTrainingArguments(output_dir="unused", **training)
+    optimizer = optimizer_of(HEADS[head.head], args.optimizer)
+    rate = EFFICIENCY * flops
+    if optimizer == "adamw":
+        batch = min(args.batch_size, images)
+        config = DiffusionProbeConfig(
+            d_in=channels, head=head.head, id2label={i: str(i) for i in range(classes)}, **probe
+        )
+        steps = args.num_train_epochs * max(1, images // batch)
+        return steps * (_step_operations(config, head.pooling, batch, channels, positions) / rate + STEP_SECONDS)
+    if optimizer == "none":
+        return 2.0 * images**2 * channels / rate
+    return (STEPS * 4.0 * images * channels * classes + 2.0 * images * channels**2 + 5 * channels**3 / 3) / rate
+
+
+def _step_operations(config: DiffusionProbeConfig, pooling: str, batch: int, channels: int, positions: int) -> int:
+    """Forward and backward passes of a batch, without computing them."""
+    side = max(8, math.isqrt(positions))  # below it a head of convolutions has no output left
+    shapes = {"none": (channels, side, side), "tokens": (positions, channels)}
+    with torch.device("meta"):
+        head = DiffusionProbe(config).head.train()
+        features = torch.empty(batch, *shapes.get(pooling, (channels,)))
+    with FlopCounterMode(display=False) as counter:
+        head(features).sum().backward()
+    return counter.get_total_flops()
