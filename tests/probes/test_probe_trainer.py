@@ -348,6 +348,30 @@ class TestAdamW:
 
 
 class TestRefusedFeatures:
+    def test_of_those_that_it_was_trained_on_is_warned(
+        self, labelled: Labelled, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        features = labelled(30)
+        trainer = ProbeTrainer(make_probe(), features, make_args(tmp_path))
+        for same in (features, FeatureSet.from_tensor(features.to_tensor(), features.labels)):
+            caplog.clear()
+            ProbeTrainer(make_probe(), features, make_args(tmp_path), validation_features=same)
+            trainer.evaluate(same)
+            said = "The {} features are the training features: what is measured is memory"
+            assert said.format("validation") in caplog.text
+            assert said.format("test") in caplog.text
+        caplog.clear()
+        ProbeTrainer(make_probe(), features, make_args(tmp_path), validation_features=labelled(31))
+        assert not caplog.text
+
+        def named(first: int) -> FeatureSet:
+            rows = slice(first, first + 20)
+            ids = [f"image {i}" for i in range(first, first + 20)]
+            return FeatureSet([features[rows]], labels=features.labels[rows], image_ids=ids)
+
+        ProbeTrainer(make_probe(), named(0), make_args(tmp_path), validation_features=named(10))
+        assert "10 of the 20 validation images are among the training images" in caplog.text
+
     def test_labels_outside_the_classes(self, labelled: Labelled, tmp_path: Path) -> None:
         good, bad = labelled(30), labelled(30, classes=5)
         message = "{} features have labels 0…4, the probe has classes 0…2. Check id2label"

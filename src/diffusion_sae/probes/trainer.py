@@ -1,5 +1,6 @@
 """ProbeTrainer: fits on training rows, chooses on validation rows, reports on test rows once, when asked to."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from .results import ProbeMetrics, ProbeTrainingResult
 from .run import Run, class_weights_of
 from .training_args import ProbeTrainingArguments
 
+logger = logging.getLogger(__name__)
 FITS: dict[str, Callable[[Run], ProbeTrainingResult]] = {
     "lbfgs": fit_lbfgs,
     "fista": fit_fista,
@@ -92,6 +94,7 @@ class ProbeTrainer:
             held_out, labels = self.examples, self.labels
         else:
             held_out, labels = self._required(validation_features, "The validation features", allow_mismatch)
+            self._warn_of_training_images(validation_features, "validation")
             self.train_rows, rows = torch.arange(len(self.examples)), torch.arange(len(held_out))
         self.validation: tuple[Features, Tensor] = (held_out.batch(rows), labels[rows])
         self.views = self._required_views(views, allow_mismatch)
@@ -134,6 +137,16 @@ class ProbeTrainer:
         )
         examples = self.probe.examples(given)
         return examples, self.probe.task.checked(examples.labels, self.probe.config.num_labels, what)
+
+    def _warn_of_training_images(self, given: FeatureSet | AlignedFeatures, what: str) -> None:
+        """By the content of the features, and by the ids of the images where they are known."""
+        if given is self.features or given.fingerprint() == self.features.fingerprint():
+            logger.warning("The %s features are the training features: what is measured is memory.", what)
+        elif given.image_ids is not None and self.features.image_ids is not None:
+            known = set(self.features.image_ids)
+            common = sum(image in known for image in given.image_ids)
+            if common:
+                logger.warning("%d of the %d %s images are among the training images.", common, given.num_images, what)
 
     def _required_views(self, views: Sequence[FeatureSet | AlignedFeatures], allow_mismatch: bool) -> Views | None:
         """Views of other images, another extraction or another shape are refused."""
@@ -195,6 +208,7 @@ class ProbeTrainer:
     def evaluate(self, test_features: FeatureSet | AlignedFeatures, *, allow_mismatch: bool = False) -> ProbeMetrics:
         """Metrics on rows that no choice was made on; recorded in the probe's metrics as `test`."""
         _, labels = self._required(test_features, "The test features", allow_mismatch)
+        self._warn_of_training_images(test_features, "test")
         metrics = self._run(progress=False).measure(self.probe.predict(test_features), labels)
         self.probe.metrics["test"] = metrics.record()
         return metrics

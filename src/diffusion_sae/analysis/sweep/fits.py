@@ -55,7 +55,7 @@ def probe_options(head: HeadSpec) -> tuple[dict, dict]:
 
 
 def check_head(head: HeadSpec) -> None:
-    """Find out before the long work what a probe would refuse after it, by one on features of zeros.
+    """Find out before the long work what a probe would refuse after it, by one on features of zeros and ones.
 
     Raises:
         ValueError: naming the head.
@@ -69,9 +69,10 @@ def check_head(head: HeadSpec) -> None:
     probe, training = probe_options(head)
     try:
         config = DiffusionProbeConfig(d_in=2, id2label={0: "a", 1: "b"}, head=head.head, **probe)
-        features = FeatureSet([torch.zeros(4, *SHAPES[head.pooling])], labels=torch.tensor([0, 1, 0, 1]))
+        shape, labels = (4, *SHAPES[head.pooling]), torch.tensor([0, 1, 0, 1])
+        zeros, ones = (FeatureSet([make(shape)], labels=labels) for make in (torch.zeros, torch.ones))
         args = ProbeTrainingArguments(output_dir="unused", **training)
-        ProbeTrainer(DiffusionProbe(config), features, args, validation_features=features)
+        ProbeTrainer(DiffusionProbe(config), zeros, args, validation_features=ones)
     except ValueError as error:
         raise ValueError(
             f"The head {head.name!r} of the sweep, on features of pooling {head.pooling!r}: {error}"
