@@ -345,16 +345,21 @@ def matching(study: Study) -> dict[str, Any]:
             study.of_other_model("test"),
         ),
     }
-    order = torch.randperm(test.num_images, generator=torch.Generator().manual_seed(0))
-    mixed = ImageSubset(test, order)
-    mixed.image_ids = None  # they would say that these are other images
-    sides["shuffled images"] = (second, mixed)
+    for name, (sae, features) in list(sides.items()):
+        sides[f"{name}, shuffled images"] = (sae, shuffled_images(features))
     activations = {name: match_activations(first, test, *side) for name, side in sides.items()}
     say("activations are matched")
     return {
         "decoders": {name: of_matching(one) for name, one in decoders.items()},
         "activations": {name: of_matching(one) for name, one in activations.items()},
     }
+
+
+def shuffled_images(features: FeatureSet) -> FeatureSet:
+    order = torch.randperm(features.num_images, generator=torch.Generator().manual_seed(0))
+    mixed = ImageSubset(features, order)
+    mixed.image_ids = None  # they would say that these are other images
+    return mixed
 
 
 def of_matching(one: Matching) -> dict[str, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_sae import FeatureStore
+from diffusion_sae import DiffusionProbe, FeatureStore
 from diffusion_sae.cli import options
 from diffusion_sae.cli.main import COMMANDS, main
 
@@ -294,3 +294,37 @@ def test_demo_quick(tmp_path: Path) -> None:
     accuracy = re.search(r'"accuracy":([\d.]+)', shown.read_text())
     assert accuracy
     assert float(accuracy[1]) == pytest.approx(result["probe_accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "header", "metric"),
+    [
+        ("multi_label_classification", "image,odd,dark", "mean_average_precision"),
+        ("regression", "image,height", "r2"),
+        ("single_label_classification", "image,kind", "accuracy"),
+    ],
+)
+def test_probes_of_labels_from_a_table(
+    problem_type: str, header: str, metric: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = FeatureStore(store)
+    columns = header.count(",")
+    lines = [",".join([name, *(str((i >> c) % 2) for c in range(columns))]) for i, name in enumerate(opened.sources)]
+    (tmp_path / "labels.csv").write_text("\n".join([header, *lines]) + "\n")
+    command = ["probe", str(store), "--output-dir", str(tmp_path / "probe"), "--problem-type", problem_type]
+    labelled = [*command, "--labels-from", str(tmp_path / "labels.csv")]
+    assert main([*labelled, "--validation-store", str(store), "--json"]) == 0
+    assert f"validation_{metric}" in json.loads(capsys.readouterr().out)
+    assert main(labelled) == 0
+    assert f"validation {metric.replace('_', ' ')} " in capsys.readouterr().out
+    probe = DiffusionProbe.from_pretrained(tmp_path / "probe")
+    assert probe.config.problem_type == problem_type
+    names = header.split(",")[1:]
+    assert list(probe.config.id2label.values()) == (["0", "1"] if columns == 1 and metric == "accuracy" else names)
+    if problem_type != "single_label_classification":
+        assert main(command) == 1
+        assert "needs --labels-from" in capsys.readouterr().err
+    assert main([*labelled, "--labels", "label"]) == 1
+    assert "give one of the two" in capsys.readouterr().err
+    assert main([*labelled, *[str(tmp_path / "labels.csv")] * 2]) == 1
+    assert "one for each of the 1 stores, got 3" in capsys.readouterr().err

@@ -277,6 +277,16 @@ def test_other_optimizers(optimizer: str, activation: str, superposition: Callab
     torch.testing.assert_close(step.sae.W_dec.norm(dim=1), torch.ones(NUM_LATENTS))
 
 
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "relu"])
+def test_compiled(activation: str, superposition: Callable[..., Tensor]) -> None:
+    """Not that it is faster (docs/speed.md), but that it is the same; without a C++ compiler."""
+    compiled, plain = make_step(activation, **SETTINGS["everything"]), make_step(activation, **SETTINGS["everything"])
+    compiled.sae.forward = torch.compile(compiled.sae.forward, backend="aot_eager")  # type: ignore[method-assign]
+    run(compiled, superposition(3 * ROWS))
+    run(plain, superposition(3 * ROWS))
+    assert_same_state(compiled, plain)
+
+
 def test_one_step_of_adam_by_hand(superposition: Callable[..., Tensor]) -> None:
     """The first step of Adam moves each weight that has a gradient by the learning rate, against its sign."""
     batch = superposition(ROWS)

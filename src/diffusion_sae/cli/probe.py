@@ -1,6 +1,7 @@
 """`diffusion-sae probe STORE --output-dir DIR`."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from .options import PROBE, PROBE_TRAINING, add_options, given
@@ -17,6 +18,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     add_labels(parser)
     parser.add_argument(
+        "--labels-from",
+        nargs="+",
+        metavar="FILE",
+        help="CSV or Parquet with the column `image` (path or row in the data set) and columns of labels; one file for "
+        "all stores, or one each in the order store, validation store, test store",
+    )
+    parser.add_argument(
+        "--problem-type",
+        default="single_label_classification",
+        choices=("single_label_classification", "multi_label_classification", "regression"),
+        help="of --labels-from: one column of classes, columns of 0 and 1, or columns of numbers (default: "
+        "single_label_classification)",
+    )
+    parser.add_argument(
         "--augment",
         action="store_true",
         help="train on the augmented views of the store, made by `diffusion-sae extract --views N`",
@@ -27,17 +42,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "training", *PROBE_TRAINING)
 
 
-def _features(path: str | None, args: argparse.Namespace, head: str, view: int = 0) -> Any:
+STORES = ("store", "validation_store", "test_store")
+
+
+def _features(
+    which: str, args: argparse.Namespace, head: str, view: int = 0, names: Sequence[str] | None = None
+) -> Any:
     """One layer and timestep of a store; for fusion all of them, or those of --layer and --timestep."""
     from .. import FeatureStore
 
+    path = getattr(args, which)
     if path is None:
         return None
     store = FeatureStore(path)
     if head != "fusion":
-        return select(store, args, view=view)
-    layers, timesteps = (None if one is None else [one] for one in (args.layer, args.timestep))
-    return store.aligned(layers, timesteps, labels=args.labels, view=view)
+        features = select(store, args, view=view)
+    else:
+        layers, timesteps = (None if one is None else [one] for one in (args.layer, args.timestep))
+        features = store.aligned(layers, timesteps, labels=args.labels, view=view)
+    if args.labels_from is None:
+        return features
+    from ..features.label_files import read_label_file
+
+    file = _label_files(args)[which]
+    return features.with_labels(*read_label_file(file, store.sources, args.problem_type, names))
+
+
+def _label_files(args: argparse.Namespace) -> dict[str, str]:
+    """By the store whose images they label."""
+    files, given = args.labels_from, [which for which in STORES if getattr(args, which) is not None]
+    if args.labels is not None:
+        raise ValueError("--labels names labels of the store, --labels-from a file with others: give one of the two.")
+    if len(files) == 1:
+        return dict.fromkeys(given, files[0])
+    if len(files) != len(given):
+        raise ValueError(f"--labels-from takes one file, or one for each of the {len(given)} stores, got {len(files)}.")
+    return dict(zip(given, files, strict=True))
 
 
 def _views(args: argparse.Namespace, head: str) -> list[Any]:
@@ -48,7 +88,7 @@ def _views(args: argparse.Namespace, head: str) -> list[Any]:
     count = FeatureStore(args.store).num_views
     if not count:
         raise ValueError(f"--augment needs views, which {args.store} does not have: extract with --views N.")
-    return [_features(args.store, args, head, view) for view in range(1, count + 1)]
+    return [_features("store", args, head, view) for view in range(1, count + 1)]
 
 
 def _probe(args: argparse.Namespace, features: Any, settings: dict[str, Any]) -> Any:
@@ -58,7 +98,7 @@ def _probe(args: argparse.Namespace, features: Any, settings: dict[str, Any]) ->
     head = settings.get("head", "linear")
     if (head == "sae") != (args.sae is not None):
         raise ValueError(f"--sae belongs to --head sae, which needs it; got --head {head} and --sae {args.sae}.")
-    settings |= class_config(features)
+    settings |= class_config(features) | {"problem_type": args.problem_type}
     if head != "sae":
         inputs = {"inputs": features.inputs} if head == "fusion" else {}
         return DiffusionProbe(DiffusionProbeConfig(d_in=features.d_in, **inputs, **settings))
@@ -71,9 +111,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from .. import ProbeTrainer, ProbeTrainingArguments
 
     settings = given(args, *PROBE, leave_out=SETTLED)
-    stores = (args.store, args.validation_store, args.test_store)
     head = settings.get("head", "linear")
-    features, validation, test = (_features(path, args, head) for path in stores)
+    if args.labels_from is None and args.problem_type != "single_label_classification":
+        raise ValueError(f"--problem-type {args.problem_type} needs --labels-from: a store has one class an image.")
+    features = _features("store", args, head)
+    names = features.class_names  # of a label file: those of the training images
+    validation, test = (_features(which, args, head, names=names) for which in STORES[1:])
     training = ProbeTrainingArguments.from_dict(given(args, *PROBE_TRAINING))
     probe = _probe(args, features, settings)
     views = _views(args, head)
@@ -88,5 +131,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> str:
-    test = f", test accuracy {result['test_accuracy']:.4f}" if "test_accuracy" in result else ""
-    return f"probe in {result['probe']}: validation accuracy {result['validation_accuracy']:.4f}{test}"
+    measured = {name: value for name, value in result.items() if name.startswith(("validation_", "test_"))}
+    shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items())
+    return f"probe in {result['probe']}: {shown}"

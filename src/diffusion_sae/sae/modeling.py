@@ -27,7 +27,7 @@ from .penalised import penalised_pass
 from .processes import WholeBatch
 from .rows import Rows, Timesteps, checked_features, timestep_index
 from .selection import encode_above, encode_top_k
-from .sparse import Choose, DecodeRows, Encode, NormalizedMSE, SparseGradients
+from .sparse import Choose, NormalizedMSE, SparseGradients, apply_decode_rows, apply_encode
 
 INITIAL_THRESHOLD = 0.001  # of a JumpReLU (Rajamanoharan et al. 2024, §5), for rows of about unit length
 
@@ -111,11 +111,8 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
     def _dense_pre_acts(self, rows: Rows) -> Float[Tensor, "N num_latents"]:
         return torch.addmm(self.b_enc, rows.normalised - rows.bias, self.W_enc)
 
-    @torch.compiler.disable  # as in `_decoded`: the autograd of these operators is their own
     def _encoded(self, rows: Rows, choose: Choose, subset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return Encode.apply(  # type: ignore[return-value]
-            rows.normalised, rows.bias, self.W_enc.T, self.b_enc, choose, subset, self._collect
-        )
+        return apply_encode(rows.normalised, rows.bias, self.W_enc.T, self.b_enc, choose, subset, self._collect)
 
     def _above_threshold(self, rows: Rows) -> SparseCode:
         acts, indices = self._encoded(rows, partial(encode_above, threshold=self.activation_threshold()))
@@ -168,9 +165,8 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
             return self._decoded(code, self.b_dec)
         return self.timestep_scale[index, None] * self._decoded(code, self.b_dec[index])
 
-    @torch.compiler.disable
     def _decoded(self, code: SparseCode, bias: Tensor | None = None) -> Float[Tensor, "N d_in"]:
-        return DecodeRows.apply(code.top_acts, code.top_indices, self.W_dec, bias, self._collect)  # type: ignore[misc]
+        return apply_decode_rows(code.top_acts, code.top_indices, self.W_dec, bias, self._collect)
 
     @contextmanager
     def sparse_gradients(self) -> Iterator[SparseGradients]:

@@ -169,6 +169,11 @@ class DecodeRows(torch.autograd.Function):
         return to_acts, None, to_weights, to_bias, None
 
 
+# autograd of their own, which torch.compile would go into and not come through
+apply_encode: Any = torch.compiler.disable(Encode.apply)
+apply_decode_rows: Any = torch.compiler.disable(DecodeRows.apply)
+
+
 def row_parts(*arrays: Float[Tensor, "N d"]) -> Iterator[tuple[Tensor, ...]]:
     """The same rows of each, a megabyte at a time: a temporary array of the whole batch is new memory at every step,
     and its page faults take longer than its arithmetic.
