@@ -99,12 +99,12 @@ def other_granularity(answer: Answer) -> list[tuple[str, str]]:
 
 
 def verdicts(data: str, results: SweepResults) -> list[list[str]]:
-    """Rows of (observation, model and label, verdict, margins in points)."""
+    """Rows of (observation, data with model, label and head, verdict, margins in points)."""
     rows = []
 
     def add(observation: str, of: Answer, found: tuple[str, str] | None) -> None:
         if found is not None:
-            rows.append([observation, f"{data}: {of['model']}, {of['label']}", found[0], found[1]])
+            rows.append([observation, f"{data}: {of['model']}, {of['label']}, {of['head']}", found[0], found[1]])
 
     asked: list[tuple[str, str, Callable[[Answer], Any]]] = [
         ("An inner layer is better than the first and the last", "observations", inner_layer),

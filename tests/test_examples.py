@@ -37,6 +37,22 @@ def test_training_script_resumes_to_the_same_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_study_of_latents_takes_its_path(tmp_path: Path) -> None:
+    """On few images; its result has all that the page's tables ask for."""
+    out = tmp_path / "quick.json"
+    run(str(EXAMPLES / "latent_study.py"), "--quick", "--out", str(out), "--runs", str(tmp_path / "runs"))
+    made, committed = (
+        json.loads(path.read_text()) for path in (out, EXAMPLES.parent / "docs/results/latent-study.json")
+    )
+
+    def names(content: object) -> object:
+        return {key: names(value) for key, value in content.items()} if isinstance(content, dict) else None
+
+    for part in ("interpretability", "reconstruction", "splicing", "timesteps", "matching", "few_shot"):
+        assert names(made[part]) == names(committed[part]), part
+
+
+@pytest.mark.slow
 def test_figures_of_the_docs_are_drawn(tmp_path: Path) -> None:
     run(str(EXAMPLES / "make_figures.py"), "--quick", "--out", str(tmp_path))
     docs = EXAMPLES.parent / "docs"

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def tables() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # of what it imports from beside it
     spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
     assert spec is not None
     assert spec.loader is not None
