@@ -70,14 +70,15 @@ def _features(
 
 def _label_files(args: argparse.Namespace) -> dict[str, str]:
     """By the store whose images they label."""
-    files, given = args.labels_from, [which for which in STORES if getattr(args, which) is not None]
+    files: list[str] = args.labels_from
+    named = [which for which in STORES if getattr(args, which) is not None]
     if args.labels is not None:
         raise ValueError("--labels names labels of the store, --labels-from a file with others: give one of the two.")
     if len(files) == 1:
-        return dict.fromkeys(given, files[0])
-    if len(files) != len(given):
-        raise ValueError(f"--labels-from takes one file, or one for each of the {len(given)} stores, got {len(files)}.")
-    return dict(zip(given, files, strict=True))
+        return dict.fromkeys(named, files[0])
+    if len(files) != len(named):
+        raise ValueError(f"--labels-from takes one file, or one for each of the {len(named)} stores, got {len(files)}.")
+    return dict(zip(named, files, strict=True))
 
 
 def _views(args: argparse.Namespace, head: str) -> list[Any]:
