@@ -72,6 +72,16 @@ class TestTimeOfAFit:
         assert self.seconds("diff-c", width=64) > one
         assert self.seconds("attention", width=16) > 0
 
+    def test_whole_activations_are_tokens_for_attention(self) -> None:
+        assert self.seconds("attention", width=16, pooling="none") == self.seconds("attention", width=16)
+
+    def test_a_map_of_one_position_is_not_taken_for_a_larger_one(self) -> None:
+        one, many = (
+            fit_seconds(HeadSpec.parse({"head": "diff-c", "width": 16}), 8, positions, 160, 2, self.RATE)
+            for positions in (1, 64)
+        )
+        assert one < many
+
 
 def test_memory_is_that_of_the_largest_cell(tmp_path: Path) -> None:
     """up_ft1 of tiny-sd has 96 channels at 4 × 4 positions."""

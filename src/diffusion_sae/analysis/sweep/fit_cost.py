@@ -48,11 +48,11 @@ def fit_seconds(head: HeadSpec, channels: int, positions: int, images: int, clas
 
 def _step_operations(config: DiffusionProbeConfig, pooling: str, batch: int, channels: int, positions: int) -> int:
     """Forward and backward passes of a batch, without computing them."""
-    side = max(8, math.isqrt(positions))  # below it a head of convolutions has no output left
-    shapes = {"none": (channels, side, side), "tokens": (positions, channels)}
+    side = math.isqrt(positions)
+    shape = (positions, channels) if pooling in WHOLE else (channels,)  # whole activations become tokens for attention
     with torch.device("meta"):
         head = DiffusionProbe(config).head.train()
-        features = torch.empty(batch, *shapes.get(pooling, (channels,)))
+        features = torch.empty(batch, *((channels, side, side) if config.head == "diff-c" else shape))
     with FlopCounterMode(display=False) as counter:
         head(features).sum().backward()
     return counter.get_total_flops()
