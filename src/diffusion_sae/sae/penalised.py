@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .modeling import KSparseAutoencoder
 
 FEW = 1 / 16
-"""Share of the latents up to which codes are sparse; an estimate of where both ways, which give the same, take as long."""
+"""Share of the latents up to which codes are sparse, by an estimate: both ways have the same result."""
 LOOKED_AT = 128
 """Rows of a batch by which it is chosen."""
 
