@@ -25,7 +25,8 @@ from diffusion_sae._files import read_json, write_json
 from diffusion_sae.features import FeatureSet, StoreWriter
 from diffusion_sae.features.columns import StringColumn
 from diffusion_sae.provenance import Provenance
-from diffusion_sae.sae.selection import row_block
+from diffusion_sae.sae.encoder import row_block
+from diffusion_sae.sae.screening import counted
 
 KEY = ("up_ft1", 25)
 SHARD_IMAGES = 16_384
@@ -123,7 +124,9 @@ def main() -> None:
             for side in sorted(seconds, reverse=bool(number % 2)):
                 shutil.rmtree(folder, ignore_errors=True)
                 if side == "encode":
-                    seconds[side].append(encode(sae, features, folder, settings))
+                    with counted() as screened:
+                        seconds[side].append(encode(sae, features, folder, settings))
+                    result["screened_rows"], result["redone_rows"] = screened.rows, screened.redone
                     result["use"] = use(folder)
                 else:
                     seconds[side].append(product(sae, features, args.batch_size))

@@ -1,4 +1,4 @@
-"""One training step of a TopK SAE: ours, that of other libraries, and what no exact step can avoid.
+"""One training step of a TopK SAE: ours, that of other libraries, and the least that one in fp32 must do.
 
     python benchmarks/sae_training.py --out docs/results/sae-training-speed.json    # about 45 minutes on two cores
     python benchmarks/sae_training.py --shapes 4096,320,5120,32 --contenders ours sparsify limit --out /tmp/trial.json
@@ -9,7 +9,7 @@ released package in an environment that is made once (peers/environment.py), in 
 seeded batches. Only one works at a time: a round is one step of each, so that a disturbance meets all of them; the
 first step of each is not counted. Where they do not fit into memory together, each is built, steps once uncounted and
 once counted, and is freed again, in every round. Times are medians over the rounds. `limit` is one product of the
-encoder and one fused pass of Adam. Peak memory is of our step alone, in a fresh process with all it has imported and
+encoder in fp32 and one fused pass of Adam; ours can take less, where the processor has bf16. Peak memory is of our step alone, in a fresh process with all it has imported and
 one batch.
 """
 

@@ -9,7 +9,10 @@ from diffusion_sae.sae.schedule import learning_rate_factor
 from diffusion_sae.sae.step import TrainingStep
 
 DISTRIBUTION = "diffusion-sae"
-COMPRISES = "forward, normalised MSE, exact gradients, parallel gradient removed, Adam, decoder rows renormalised"
+COMPRISES = (
+    "forward (scores screened in bf16, those in question formed in fp32), normalised MSE, exact gradients, "
+    "parallel gradient removed, Adam, decoder rows renormalised"
+)
 
 
 def build(shape: Shape, device: torch.device, recipe: Recipe = FOR_SPEED) -> Training:

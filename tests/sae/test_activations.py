@@ -10,8 +10,8 @@ from torch import Tensor
 from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig
 from diffusion_sae.sae import activations
 from diffusion_sae.sae.activations import JumpReLU, Step, batch_top_k
+from diffusion_sae.sae.encoder import encode_top_k
 from diffusion_sae.sae.losses import l0_penalty, l1_penalty
-from diffusion_sae.sae.selection import encode_top_k
 from diffusion_sae.sae.sparse import Encode, SparseGradients
 
 D_IN, NUM_LATENTS, K = 6, 40, 3

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_sae.sae import selection
-from diffusion_sae.sae.selection import encode_above, encode_top_k, group_size, pad_rows, row_block, top_k
+from diffusion_sae.sae import encoder, scratch
+from diffusion_sae.sae.encoder import encode_above, encode_top_k, row_block
+from diffusion_sae.sae.selection import group_size, pad_rows, top_k
 from diffusion_sae.sae.sparse import ByLatent, DecodeRows, Encode, NormalizedMSE, SparseGradients, decode_rows
 
 INFINITY = math.inf
@@ -32,7 +33,7 @@ def by_size(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 7 rows, whatever the width."""
-    monkeypatch.setattr(selection, "row_block", lambda rows, *_: max(1, min(rows, 7)))
+    monkeypatch.setattr(encoder, "row_block", lambda rows, *_: max(1, min(rows, 7)))
 
 
 class TestTopK:
@@ -101,7 +102,7 @@ class TestEncodeTopK:
         assert torch.equal(indices, expected.indices)
 
     def test_several_blocks_by_the_memory_for_scores(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(selection.SCORE_BYTES, "cpu", 1000)
+        monkeypatch.setitem(encoder.SCORE_BYTES, "cpu", 1000)
         assert row_block(1300, 50, torch.device("cpu"), 4) == 512  # a block is never smaller
         features, (W_enc, b_enc) = draw(1300, 6), weights(50)
         values, indices = by_size(*encode_top_k(features, W_enc, b_enc, 4))
@@ -370,7 +371,7 @@ def test_training_after_inference_mode() -> None:
     """The kept memory for scores is made in one of them and written to in the other."""
     features, (W_enc, b_enc) = draw(9, 6), weights(40)
     choose = partial(encode_top_k, k=3)
-    selection._kept.__dict__.clear()
+    scratch._kept.__dict__.clear()
     with torch.inference_mode():
         without_gradient = encoded(choose, features, torch.zeros(6), W_enc, b_enc)
         decode_rows(*encode_top_k(features, W_enc, b_enc, 3), W_enc)

@@ -21,8 +21,9 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .encoder import encode_top_k
 from .processes import WholeBatch
-from .selection import encode_top_k, in_few_places
+from .selection import in_few_places
 
 
 def batch_top_k(

@@ -31,6 +31,7 @@ from .code_files import (
     write_shard,
 )
 from .modeling import KSparseAutoencoder
+from .screening import counted
 from .sparse_codes import SparseCodes
 
 logger = logging.getLogger(__name__)
@@ -83,9 +84,12 @@ def encode_features(
     manifest, missing = _begin_or_continue(folder, _manifest(sae, features, format, file_rows))
     if missing:
         started = time.perf_counter()
-        _make(sae, features, folder, manifest, missing, batch_size=batch_size, progress=progress)
+        with counted() as screened:
+            _make(sae, features, folder, manifest, missing, batch_size=batch_size, progress=progress)
         seconds, rows = time.perf_counter() - started, sum(len(manifest.rows_of(number)) for number in missing)
         logger.info("%s rows encoded into %s in %.1f s, %.1f rows/s", f"{rows:,}", folder, seconds, rows / seconds)
+        if screened.rows:
+            logger.info("%s", screened.describe())
     if missing or not manifest.complete:
         marks = [read_json(folder / (shard_name(number) + MARK)) for number in range(manifest.num_shards)]
         dataclasses.replace(manifest, complete=True, shards=marks).write(folder)

@@ -1,11 +1,11 @@
 """What an SAE is trained on, each a function of small tensors: no weights, no Hub."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .processes import WholeBatch
-from .sparse import NormalizedMSE, row_parts
+from .scratch import distances
+from .sparse import NormalizedMSE
 
 WHOLE = WholeBatch()
 
@@ -23,8 +23,7 @@ def fraction_of_variance_unexplained(reconstruction: Tensor, target: Tensor) -> 
 def total_variance(target: Tensor, shared: WholeBatch = WHOLE) -> Float[Tensor, ""]:
     """Σ‖x − x̄‖² over the rows; of a shared batch, whose mean x̄ is, the mean of all shares' sums."""
     mean = shared.mean(target.mean(0))
-    parts = [torch.linalg.vector_norm(part - mean).square() for (part,) in row_parts(target)]
-    return shared.mean(torch.stack(parts).sum())
+    return shared.mean(distances(target, mean.expand_as(target)).square().sum())
 
 
 def auxk_loss(estimate: Tensor, residual: Tensor, shared: WholeBatch = WHOLE) -> Float[Tensor, ""]:

@@ -18,6 +18,7 @@ from .activations import batch_top_k
 from .card import card_text
 from .code import KSparseAutoencoderOutput, SparseCode
 from .configuration import PENALISED, TOP_K, KSparseAutoencoderConfig
+from .encoder import encode_above, encode_top_k
 from .export_code import ExportsCode
 from .foreign import load_foreign, save_foreign
 from .initialisation import initial_weights
@@ -26,7 +27,6 @@ from .losses import WHOLE, auxk_loss, normalized_mse, total_variance
 from .penalised import penalised_pass
 from .processes import WholeBatch
 from .rows import Rows, Timesteps, checked_features, timestep_index
-from .selection import encode_above, encode_top_k
 from .sparse import Choose, NormalizedMSE, SparseGradients, apply_decode_rows, apply_encode
 
 INITIAL_THRESHOLD = 0.001  # of a JumpReLU (Rajamanoharan et al. 2024, §5), for rows of about unit length

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .activations import JumpReLU, Step
 from .code import SparseCode
+from .encoder import encode_above
 from .losses import l0_penalty, l1_penalty
 from .processes import WholeBatch
 from .rows import Rows
-from .selection import encode_above
 
 if TYPE_CHECKING:
     from .modeling import KSparseAutoencoder

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from .code import KSparseAutoencoderOutput, SparseCode
 from .configuration import PENALISED, TOP_K
+from .encoder import encode_top_k
 from .initialisation import initial_shard
 from .modeling import KSparseAutoencoder
 from .processes import PER_LATENT, SAEProcesses, ShardProcesses, WholeBatch
 from .rows import Rows, Timesteps
-from .selection import encode_top_k, in_few_places
+from .selection import in_few_places
 from .sparse import Choose
 from .training_args import SAETrainingArguments
 

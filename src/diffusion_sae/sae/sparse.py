@@ -4,7 +4,7 @@ Weights are latent-major here, (num_latents, d_in): one latent is one contiguous
 and none holds a tensor of rows × latents.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .scratch import distances
+
 Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-PART_BYTES = 2**20
 
 
 def decode_rows(
@@ -174,14 +175,6 @@ apply_encode: Any = torch.compiler.disable(Encode.apply)
 apply_decode_rows: Any = torch.compiler.disable(DecodeRows.apply)
 
 
-def row_parts(*arrays: Float[Tensor, "N d"]) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each, a megabyte at a time: a temporary array of the whole batch is new memory at every step,
-    and its page faults take longer than its arithmetic.
-    """
-    rows = max(1, PART_BYTES // max(1, arrays[0].shape[1] * arrays[0].element_size()))
-    return zip(*(array.split(rows) for array in arrays), strict=True)
-
-
 class NormalizedMSE(torch.autograd.Function):
     """(mean over rows of ‖x̂ − x‖² / ‖x‖², Σ‖x̂ − x‖²). The error is formed in both directions rather than kept.
 
@@ -192,8 +185,7 @@ class NormalizedMSE(torch.autograd.Function):
     def forward(ctx: Any, reconstruction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         lengths = torch.linalg.vector_norm(target, dim=1).square_()
         weights = torch.where(lengths > torch.finfo(target.dtype).tiny, lengths.reciprocal(), 0.0)
-        squares = torch.cat([torch.linalg.vector_norm(a - b, dim=1) for a, b in row_parts(reconstruction, target)])
-        squares.square_()
+        squares = distances(reconstruction, target).square_()
         ctx.save_for_backward(reconstruction, weights, target, squares)
         total = squares.sum()
         ctx.mark_non_differentiable(total)

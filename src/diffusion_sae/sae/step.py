@@ -11,6 +11,7 @@ from torch.optim.adam import adam
 from .losses import total_variance
 from .modeling import KSparseAutoencoder, Timesteps
 from .processes import SAEProcesses
+from .screening import Screened, counted
 from .sparse import ByLatent, SparseGradients
 from .training_args import OPTIMIZERS, SAETrainingArguments
 
@@ -50,6 +51,7 @@ class TrainingStep:
         self.optimizer: torch.optim.Optimizer = make(sae.parameters(), lr=self.learning_rate)
         self.rows_since_active = torch.zeros(sae.config.num_latents, dtype=torch.long, device=sae.W_dec.device)
         self.steps_done = 0
+        self.screened = Screened()
 
     @property
     def dead(self) -> Tensor:
@@ -119,7 +121,7 @@ class TrainingStep:
             rows = slice(start, start + size)
             part = batch[rows]
             of_rows = timesteps[rows] if isinstance(timesteps, Tensor) and timesteps.ndim else timesteps
-            with torch.autocast(part.device.type, torch.bfloat16, enabled=self.args.bf16):
+            with torch.autocast(part.device.type, torch.bfloat16, enabled=self.args.bf16), counted(self.screened):
                 output = self.sae(
                     part,
                     self.dead,

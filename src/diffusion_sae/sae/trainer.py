@@ -248,6 +248,8 @@ class SAETrainer:
         """Take the best or averaged weights, fold the input's scale in, measure and save."""
         sae, args = self.sae, self.args
         sae.eval()
+        if self.stepper.screened.rows:
+            logger.info("%s", self.stepper.screened.describe())
         if args.keep_best and self.checkpoints.best.exists():
             sae.load_state_dict(load_file(self.checkpoints.best))
         else:
