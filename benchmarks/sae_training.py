@@ -9,8 +9,8 @@ released package in an environment that is made once (peers/environment.py), in 
 seeded batches. Only one works at a time: a round is one step of each, so that a disturbance meets all of them; the
 first step of each is not counted. Where they do not fit into memory together, each is built, steps once uncounted and
 once counted, and is freed again, in every round. Times are medians over the rounds. `limit` is one product of the
-encoder in fp32 and one fused pass of Adam; ours can take less, where the processor has bf16. Peak memory is of our step alone, in a fresh process with all it has imported and
-one batch.
+encoder in fp32 and one fused pass of Adam; ours can take less, where the processor has bf16. Peak memory is of our step
+alone, in a fresh process with all it has imported and one batch.
 """
 
 import argparse
