@@ -375,6 +375,14 @@ class TestResuming:
         train(make_sae(), superposition(300), tmp_path, max_steps=2)
         assert not any(leftover.exists() for leftover in leftovers)
 
+    def test_not_with_other_features_for_evaluation(self, superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+        args = make_args(tmp_path, max_steps=4)
+        some, others = superposition(50, seed=1), superposition(50, seed=2)
+        SAETrainer(make_sae(), superposition(100), args, eval_features=some).train(progress=False)
+        SAETrainer(make_sae(), superposition(100), args, eval_features=some.clone()).train(progress=False)
+        with pytest.raises(ValueError, match="from a run with other settings or features"):
+            SAETrainer(make_sae(), superposition(100), args, eval_features=others).train(progress=False)
+
 
 class TestDivergence:
     def test_keeps_the_last_good_checkpoint(self, superposition: Callable[..., Tensor], tmp_path: Path) -> None:

@@ -360,6 +360,20 @@ class TestNormalizedMSE:
             assert torch.isfinite(gradient).all()
             assert (gradient[3] == 0).all()
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_halves_are_summed_in_fp32(self, dtype: torch.dtype) -> None:
+        """80 entries of 100 have squares whose sum is too large for fp16."""
+        target = (100 * draw(7, 80)).to(dtype)
+        reconstruction = (target + 50).requires_grad_()
+        loss, total = NormalizedMSE.apply(reconstruction, target)  # type: ignore[misc]
+        loss.backward()
+        exact = reconstruction.detach().float().requires_grad_()
+        expected = self.densely(exact, target.float())
+        expected.backward()
+        torch.testing.assert_close(loss.float(), expected, rtol=1e-2, atol=0)
+        torch.testing.assert_close(reconstruction.grad.float(), exact.grad, rtol=2e-2, atol=1e-6)
+        assert total > torch.finfo(torch.float16).max
+
     def test_a_second_derivative_is_an_error(self) -> None:
         leaf = draw(5, 4).requires_grad_()
         (gradient,) = torch.autograd.grad(NormalizedMSE.apply(leaf, draw(5, 4, seed=1))[0], leaf, create_graph=True)

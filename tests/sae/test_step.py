@@ -41,6 +41,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "multi_topk_alpha": 0.125,
         "max_grad_norm": 0.1,
         "micro_batch_size": 12,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-5,
+        "weight_decay": 0.1,
     },
 }
 MODELS_OF = [(a, model) for a in ACTIVATIONS for model in MODELS if not (a in PENALISED and model == "matryoshka")]

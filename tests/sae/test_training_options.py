@@ -125,7 +125,7 @@ def test_the_moving_average_is_that_of_the_weights(superposition: Callable[..., 
         trainer.advance(trainer.source.batch(step), None)
         decay = min(0.5, (2 + step) / (11 + step))
         expected = decay * expected + (1 - decay) * trainer.sae.b_enc.detach()
-    torch.testing.assert_close(trainer.average["b_enc"], expected)
+    torch.testing.assert_close(trainer.average.weights["b_enc"], expected)
     last = trainer.sae.b_enc.detach().clone()
     trainer.finish(0.0)
     torch.testing.assert_close(trainer.sae.b_enc.detach(), expected)

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .processes import WholeBatch
-from .scratch import distances
+from .scratch import distances, of_sums
 from .sparse import NormalizedMSE
 
 WHOLE = WholeBatch()
@@ -17,7 +17,7 @@ def normalized_mse(reconstruction: Tensor, target: Tensor) -> Float[Tensor, ""]:
 
 def fraction_of_variance_unexplained(reconstruction: Tensor, target: Tensor) -> Float[Tensor, ""]:
     """Σ‖x − x̂‖² / Σ‖x − x̄‖², with x̄ the mean row; 0 is perfect, 1 is as good as the mean."""
-    return (target - reconstruction).pow(2).sum() / total_variance(target)
+    return (target - reconstruction).to(of_sums(target)).pow(2).sum() / total_variance(target)
 
 
 def total_variance(target: Tensor, shared: WholeBatch = WHOLE) -> Float[Tensor, ""]:
@@ -31,7 +31,7 @@ def auxk_loss(estimate: Tensor, residual: Tensor, shared: WholeBatch = WHOLE) ->
 
     ê has no b_dec: x̂ has it already, and e is what x̂ leaves over. The mean of all shares' losses is that of the batch.
     """
-    residual = residual.detach()
+    residual = residual.detach().to(of_sums(residual))
     total = shared.mean(residual.pow(2).sum())
     return (estimate - residual).pow(2).sum() / total.clamp_min(1e-12)
 

@@ -32,13 +32,18 @@ def row_parts(*arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(array.split(rows) for array in arrays), strict=True)
 
 
+def of_sums(values: Tensor) -> torch.dtype:
+    """The type in which values are summed: fp32, or fp64 for fp64."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
 def distances(some: Float[Tensor, "N d"], others: Float[Tensor, "N d"]) -> Float[Tensor, " N"]:
-    """‖some − others‖ of each row.
+    """‖some − others‖ of each row, without gradient; of halves in fp32: in fp16 a sum of squares is soon too large.
 
     The results' memory is from before that of the differences: between these, each would keep the next difference from
     the memory of the last.
     """
-    lengths = some.new_empty(len(some))
-    for one, other, length in row_parts(some, others, lengths):
-        torch.linalg.vector_norm(one - other, dim=1, out=length)
+    lengths = some.new_empty(len(some), dtype=of_sums(some))
+    for one, other, length in row_parts(some.detach(), others.detach(), lengths):
+        torch.linalg.vector_norm(one - other, dim=1, dtype=lengths.dtype, out=length)
     return lengths

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .scratch import distances
+from .scratch import distances, of_sums
 
 Choose = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -183,8 +183,8 @@ class NormalizedMSE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, reconstruction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        lengths = torch.linalg.vector_norm(target, dim=1).square_()
-        weights = torch.where(lengths > torch.finfo(target.dtype).tiny, lengths.reciprocal(), 0.0)
+        lengths = torch.linalg.vector_norm(target, dim=1, dtype=of_sums(target)).square_()
+        weights = torch.where(lengths > torch.finfo(lengths.dtype).tiny, lengths.reciprocal(), 0.0)
         squares = distances(reconstruction, target).square_()
         ctx.save_for_backward(reconstruction, weights, target, squares)
         total = squares.sum()
@@ -199,4 +199,4 @@ class NormalizedMSE(torch.autograd.Function):
         to_reconstruction = (reconstruction - target).mul_(scale)
         if not ctx.needs_input_grad[1]:
             return to_reconstruction, None
-        return to_reconstruction, -to_reconstruction - target * (scale * (squares * weights)[:, None])
+        return to_reconstruction, -to_reconstruction - target * (scale * (squares * weights)[:, None]).to(target.dtype)

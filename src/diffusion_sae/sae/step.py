@@ -11,6 +11,7 @@ from torch.optim.adam import adam
 from .losses import total_variance
 from .modeling import KSparseAutoencoder, Timesteps
 from .processes import SAEProcesses
+from .scratch import distances
 from .screening import Screened, counted
 from .sparse import ByLatent, SparseGradients
 from .training_args import OPTIMIZERS, SAETrainingArguments
@@ -48,7 +49,10 @@ class TrainingStep:
         self.fused = args.optimizer == "adam" and trained
         make: Any = getattr(torch.optim, OPTIMIZERS[args.optimizer])
         self.learning_rate = args.peak_learning_rate(sae.config.d_in)
-        self.optimizer: torch.optim.Optimizer = make(sae.parameters(), lr=self.learning_rate)
+        options: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": args.weight_decay}
+        if args.optimizer != "sgd":
+            options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        self.optimizer: torch.optim.Optimizer = make(sae.parameters(), **options)
         self.rows_since_active = torch.zeros(sae.config.num_latents, dtype=torch.long, device=sae.W_dec.device)
         self.steps_done = 0
         self.screened = Screened()
@@ -140,7 +144,7 @@ class TrainingStep:
             indices.append(output.top_indices)
             fvu = output.fvu
             if len(part) < len(batch):
-                error += (part - output.reconstruction.detach()).pow(2).sum()
+                error += distances(part, output.reconstruction).square().sum()
         if self.sae.config.activation == "batchtopk":
             self._learn_threshold(acts)
         if fvu is not None and len(acts) == 1:
@@ -207,7 +211,7 @@ class TrainingStep:
             beta1=beta1,
             beta2=beta2,
             lr=learning_rate,
-            weight_decay=0.0,
+            weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
         )

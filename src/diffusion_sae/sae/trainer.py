@@ -5,8 +5,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from .._files import fingerprint_of, require_writable_folder, write_atomically, write_json
 from .._training import MetricsLogger, require_finite_loss
 from ..features import FeatureSet, FeatureSource
+from .averaging import MovingAverage
 from .checkpoints import Checkpoints
 from .data import prepare_data
 from .divergence import ADVICE, diverging_lines, require_convergence
@@ -31,7 +32,7 @@ from .step import StepReport, TrainingStep
 from .training_args import SAETrainingArguments
 
 logger = logging.getLogger(__name__)
-_RECORDS_ONLY = ("output_dir", "logging_steps", "report_to")  # change no number
+_RECORDS_ONLY = ("output_dir", "logging_steps", "save_steps", "report_to")  # change no number
 
 
 class SAETrainer:
@@ -77,6 +78,7 @@ class SAETrainer:
         shares = self.processes.batch_shares
         data = prepare_data(self.sae, features, args, eval_features, allow_mismatch=allow_mismatch, processes=shares)
         self.source, self.eval_features, self.held_out = data.source, data.eval_features, data.held_out
+        self._evaluated_on = None if eval_features is None else self.eval_features.fingerprint()
         epochs = args.num_train_epochs * self.source.steps_per_epoch
         self.max_steps = args.max_steps or max(1, round(epochs))
         self.step_number = 0
@@ -96,6 +98,7 @@ class SAETrainer:
                 "args": {k: v for k, v in self.args.to_dict().items() if k not in _RECORDS_ONLY},
                 "config": self.sae.config.record(),
                 "source": self.source.fingerprint(),
+                "eval_features": self._evaluated_on,
             }
         )
 
@@ -117,7 +120,7 @@ class SAETrainer:
         self.stepper = TrainingStep(sae, args, self.processes)
         self.schedule = learning_rate_factor(args, self.stepper.optimizer, self.max_steps)
         self.run_name = self._run_name()
-        self.average: dict[str, Tensor] = {}
+        self.average = MovingAverage(sae, args.ema_decay)
         self.checkpoints = Checkpoints.of(self.output_dir, self.run_name, self.processes)
         extra = self.checkpoints.load(sae, self.stepper.optimizer, self.logger.history)
         if extra is None:
@@ -127,13 +130,13 @@ class SAETrainer:
             set_biases_(sae, self.source, args.b_dec_init, self.scale)
             sae.normalize_decoder_()
             self.processes.broadcast_state(sae)
-            self.average = {} if args.ema_decay is None else {n: p.detach().clone() for n, p in sae.named_parameters()}
+            self.average = MovingAverage(sae, args.ema_decay)
             return
         self.stepper.rows_since_active.copy_(extra["rows_since_active"])
         self.step_number = self.stepper.steps_done = int(extra["step"])
         self.scale = extra["input_scale"]
         self.best, self.evaluations_since_best = float(extra["best"]), int(extra["evaluations_since_best"])
-        self.average = {name[4:]: value.to(sae.device) for name, value in extra.items() if name.startswith("ema.")}
+        self.average.load(extra)
 
     @property
     def done(self) -> bool:
@@ -154,10 +157,7 @@ class SAETrainer:
             self.stepper.rows_since_active[self.stepper.dead] = 0
         report = self.stepper(batch, self._learning_rate(step), timesteps=of_rows, k=self._k(step))
         self.step_number = step = step + 1
-        if self.average:
-            decay = min(args.ema_decay or 0.0, (1 + step) / (10 + step))  # else the first weights weigh in for long
-            for name, parameter in self.sae.named_parameters():
-                self.average[name].lerp_(parameter.detach(), 1 - decay)
+        self.average.update(step)
         if step == 1 or step % args.logging_steps == 0 or step >= self.max_steps:
             self._log_step(report)
         if args.eval_steps and (step % args.eval_steps == 0 or step >= self.max_steps):
@@ -196,33 +196,19 @@ class SAETrainer:
         require_convergence(self.logger.history, self.args, self.output_dir)
 
     def _evaluate_on_the_way(self) -> None:
-        with self._averaged():
+        with self.average.taken():
             metrics = self.evaluate()
         self._log({f"eval_{name}": value for name, value in dataclasses.asdict(metrics).items() if name != "rows"})
         if metrics.fvu < self.best:
             self.best, self.evaluations_since_best = metrics.fvu, 0
             if self.args.keep_best and self.checkpoints.writes:
-                with self._averaged():
+                with self.average.taken():
                     tensors = {n: v.detach().cpu().contiguous() for n, v in self.sae.state_dict().items()}
                 write_atomically(self.checkpoints.best, lambda path: save_file(tensors, path))
         else:
             self.evaluations_since_best += 1
         for callback in self.callbacks:
             callback.on_evaluate(self, self.step_number, metrics)
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Within it the SAE has the averaged weights, with decoder rows of unit norm, and is in evaluation mode."""
-        kept = {n: p.detach().clone() for n, p in self.sae.named_parameters()} if self.average else {}
-        self.sae.eval()
-        _set_weights(self.sae, self.average)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in self.sae.named_parameters():
-                    if name in kept:
-                        parameter.copy_(kept[name])
 
     def _save(self, loss: float) -> None:
         with self.processes.together():  # of several, one alone may see it
@@ -233,7 +219,7 @@ class SAETrainer:
             "input_scale": self.scale,
             "best": torch.tensor(self.best, dtype=torch.float64),
             "evaluations_since_best": torch.tensor(self.evaluations_since_best),
-            **{f"ema.{name}": value for name, value in self.average.items()},
+            **self.average.tensors(),
         }
         self.checkpoints.save(self.sae, self.stepper.optimizer, extra, self.logger.history, self.step_number)
         for callback in self.callbacks:
@@ -253,7 +239,7 @@ class SAETrainer:
         if args.keep_best and self.checkpoints.best.exists():
             sae.load_state_dict(load_file(self.checkpoints.best))
         else:
-            _set_weights(sae, self.average)
+            self.average.take_()
         if args.normalize_input != "none":
             fold_input_scale_(sae, self.scale)
             self.scale = torch.ones(())
@@ -277,14 +263,6 @@ class SAETrainer:
             whole.save_pretrained(self.output_dir)
             write_json(self.output_dir / "training_history.json", self.logger.history)
         return SAETrainingResult(metrics, self.step_number, seconds, self.logger.history)
-
-
-@torch.no_grad()
-def _set_weights(sae: KSparseAutoencoder, weights: dict[str, Tensor]) -> None:
-    if weights:
-        for name, parameter in sae.named_parameters():
-            parameter.copy_(weights[name])
-        sae.normalize_decoder_()
 
 
 def train_together(trainers: Sequence[SAETrainer], *, progress: bool = True) -> list[SAETrainingResult]:

@@ -35,6 +35,15 @@ class SAETrainingArguments(JsonConfig):
     width."""
     optimizer: str = "adam"
     """adam (whose update is fused with the gradients' sums), or torch.optim's adamw, radam, nadam, sgd."""
+    adam_beta1: float = 0.9
+    """Decay of the mean of the gradients; sgd has none."""
+    adam_beta2: float = 0.999
+    """Decay of the mean of their squares; sgd has none."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the latter; sgd has none."""
+    weight_decay: float = 0.0
+    """Of the optimiser: with adamw apart from the gradient, with the others as a part of it. Decoder rows keep unit
+    norm."""
     micro_batch_size: int | None = None
     """Rows of a step that are computed at a time; None: all. Batchtopk chooses among these, AuxK is their ratio, and
     the aim of jumprelu is for their L0."""
@@ -135,6 +144,10 @@ class SAETrainingArguments(JsonConfig):
             check_number("learning_rate", self.learning_rate, 0, open_low=True)
         check_integer("warmup_steps", self.warmup_steps, 0)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_number("adam_beta1", self.adam_beta1, 0, 0.999999)
+        check_number("adam_beta2", self.adam_beta2, 0, 0.999999)
+        check_number("adam_epsilon", self.adam_epsilon, 0, open_low=True)
+        check_number("weight_decay", self.weight_decay, 0)
         if self.micro_batch_size is not None:
             check_integer("micro_batch_size", self.micro_batch_size, 1)
         check_number("multi_topk_alpha", self.multi_topk_alpha, 0)
