@@ -67,6 +67,15 @@ class TestReconstruction:
                 uncentred_explained_variance(reconstruction, target)
         assert uncentred_explained_variance(torch.zeros(1, 2), target[:1]).item() == 0
 
+    @pytest.mark.parametrize("metric", [fvu, explained_variance])
+    @pytest.mark.parametrize("rows", [1, 3])
+    def test_rows_that_are_all_equal_have_no_variance(self, metric, rows: int):
+        target = torch.tensor([[3.0, 4.0]]).expand(rows, -1)
+        with pytest.raises(
+            ValueError, match=rf"{metric.__name__} divides by the variance.*all {rows} of them are equal"
+        ):
+            metric(target + 1, target)
+
 
 class TestSparsity:
     CODE = SparseCode(torch.tensor([[2.0, 1.0], [3.0, 0.0], [-1.0, 0.0]]), torch.tensor([[0, 2], [2, 0], [3, 0]]))

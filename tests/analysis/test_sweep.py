@@ -341,6 +341,15 @@ def test_what_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) 
         Sweep(config(tmp_path, **changes), progress=False)
 
 
+def test_a_layer_that_the_last_model_has_not_is_told_before_any_extraction(tmp_path: Path) -> None:
+    sd = {"model": "tiny-sd", "layers": ["bottleneck"], "timesteps": [25], "weights": ["trained"]}
+    dit = {"model": "tiny-dit", "layers": ["block99"], "timesteps": [25], "weights": ["trained"]}
+    with pytest.raises(ValueError, match="block99"):
+        sweep(tmp_path, models=[sd, dit])
+    assert not list(tmp_path.glob("features/*"))
+    assert not list(tmp_path.glob("cells/*"))
+
+
 def test_images_without_labels_are_refused(tmp_path: Path, image_folder: Path) -> None:
     folder = image_folder / "bag"
     with pytest.raises(ValueError, match="needs labelled images; of the train images"):

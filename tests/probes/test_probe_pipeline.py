@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from base64 import b64encode
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -147,6 +148,16 @@ def test_an_address_that_gives_nothing_is_an_error(classify: DiffusionProbePipel
         classify(f"{served}/")  # a listing
     with pytest.raises(ImageError, match=r"no image at 'http://127\.0\.0\.1:9/none\.png'"):
         classify("http://127.0.0.1:9/none.png", timeout=5)
+
+
+def test_an_image_in_its_address(classify: DiffusionProbePipeline, image_folder: Path) -> None:
+    path = sorted(image_folder.rglob("*.png"))[0]
+    content = b64encode(path.read_bytes()).decode()
+    assert classify(f"data:image/png;base64,{content}") == classify(str(path))
+    with pytest.raises(ImageError, match=r"'data:image/png;base64' is followed by no base64"):
+        classify("data:image/png;base64,no base64")
+    with pytest.raises(ImageError, match="Cannot read the image 'data:image/png;base64,"):
+        classify(f"data:image/png;base64,{b64encode(b'no image').decode()}")
 
 
 def test_functions_of_the_logits(

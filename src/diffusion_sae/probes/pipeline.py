@@ -1,6 +1,7 @@
 """Where extraction and head meet: `pipeline("diffusion-probe")`."""
 
 import dataclasses
+from base64 import b64decode
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -71,6 +72,15 @@ def downloaded(address: str, timeout: float | None) -> bytes:
         raise ImageError(f"There is no image at {address!r}: {error}. Check the address and the connection.") from error
 
 
+def _decoded(address: str) -> bytes:
+    """The content of a data: URL. Raises ImageError for one that is not in base64."""
+    head, _, content = address.partition(",")
+    try:
+        return b64decode(content, validate=True)
+    except ValueError as error:
+        raise ImageError(f"{head!r} is followed by no base64: {error}. Give data:image/png;base64,…") from error
+
+
 def changed_extractor(probe: "DiffusionProbe", changed: Provenance) -> DiffusionFeatureExtractor:
     """The probe's extractor with another timestep or seed; the model is the same one, not loaded again."""
     if changed.random_weights and changed.seed != probe.extractor.config.seed:
@@ -113,9 +123,9 @@ class DiffusionProbePipeline(ImageClassificationPipeline):
         """Answers of an image, a list of them for several.
 
         Args:
-            inputs: a PIL image, path, URL, array, `datasets` entry ({"bytes", "path"}) or tensor (3, H, W) of the
-                extraction's size in [-1, 1]; a list, tuple or `datasets` column of these; a generator or torch
-                `Dataset`, of which the answers are a generator.
+            inputs: a PIL image, path, URL (also data:), array, `datasets` entry ({"bytes", "path"}) or tensor
+                (3, H, W) of the extraction's size in [-1, 1]; a list, tuple or `datasets` column of these; a generator
+                or torch `Dataset`, of which the answers are a generator.
             options: the arguments of the class; batch_size, num_workers, top_k, function_to_apply, timeout.
         """
         answer: Any = super().__call__
@@ -130,6 +140,8 @@ class DiffusionProbePipeline(ImageClassificationPipeline):
             # not super().preprocess: it names no broken image, and in a half-precision pipeline it would round the
             # pixels, by which the noise is drawn
             image = load_image(downloaded(image, timeout), image)
+        elif isinstance(image, str) and image.startswith("data:image/"):
+            image = load_image(_decoded(image), f"{image[:30]}…")
         elif not isinstance(image, str | Path | bytes | dict | np.ndarray | Image.Image | Tensor):
             load_image(image)  # raises, and says what is allowed
         return self.image_processor(image)  # type: ignore[misc]

@@ -15,15 +15,21 @@ def fvu(reconstruction: Float[Tensor, "N d_in"], target: Float[Tensor, "N d_in"]
     """Σ‖e‖² / Σ‖x − x̄‖², in [0, ∞): 0 is perfect, 1 as good as the mean row. 1 − R² of regression.
 
     Invariant under a rotation, a scale and a shift of both, and under the order of the rows.
+
+    Raises:
+        ValueError: for target rows that are all equal, and so have no variance.
     """
-    return fraction_of_variance_unexplained(*_checked(reconstruction, target))
+    return fraction_of_variance_unexplained(*_checked(reconstruction, target, varying="fvu"))
 
 
 def explained_variance(reconstruction: Float[Tensor, "N d_in"], target: Float[Tensor, "N d_in"]) -> Float[Tensor, ""]:
     """1 − Σ_d Var(e_d) / Σ_d Var(x_d), in (−∞, 1]: a constant error costs nothing, which is all that sets it apart from
     1 − FVU. The definition of dictionary_learning, and scikit-learn's with `variance_weighted`.
+
+    Raises:
+        ValueError: for target rows that are all equal, and so have no variance.
     """
-    reconstruction, target = _checked(reconstruction, target)
+    reconstruction, target = _checked(reconstruction, target, varying="explained_variance")
     error = target - reconstruction
     return 1 - error.var(0, correction=0).sum() / target.var(0, correction=0).sum()
 
@@ -53,10 +59,16 @@ def cosine(reconstruction: Float[Tensor, "N d_in"], target: Float[Tensor, "N d_i
     return torch.nn.functional.cosine_similarity(*_checked(reconstruction, target)).mean()
 
 
-def _checked(reconstruction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(reconstruction: Tensor, target: Tensor, *, varying: str | None = None) -> tuple[Tensor, Tensor]:
+    """In fp64; rows that are all equal are refused for a metric `varying` that divides by their variance."""
     if reconstruction.shape != target.shape or target.ndim != 2 or not len(target):
         raise ValueError(
             f"Reconstruction and target must both be (N, d_in) with N ≥ 1, got {tuple(reconstruction.shape)} and "
             f"{tuple(target.shape)}."
+        )
+    if varying is not None and bool((target == target[0]).all()):
+        raise ValueError(
+            f"{varying} divides by the variance of the target rows, and all {len(target)} of them are equal. Give rows "
+            "of different images, at least two."
         )
     return reconstruction.double(), target.double()

@@ -54,6 +54,7 @@ class Sweep:
         require_writable_folder(self.folder)
         remove_leftovers(self.folder / "cells", "*.json")
         extractions = Extractions(self.config, self.images, progress=self.progress)
+        self._check_models(extractions)
         paths: list[Path] = []
         total = sum(len(list(cells_of(s))) for s in self.sources) * len(self.config.head_specs) * len(self.tasks)
         with tqdm(total=total, unit="cell", desc="sweep", disable=not self.progress) as bar:
@@ -64,6 +65,15 @@ class Sweep:
         if "shuffled" in self.config.baselines:
             results += [CellResult.read(path) for path in self._fit_shuffled(results, extractions)]
         return self._write(results)
+
+    def _check_models(self, extractions: Extractions) -> None:
+        """Load each model that has work to do once: an unknown layer of the last one is told before hours of work on
+        the others. The first one's is told by its own turn.
+        """
+        to_do = [s for s in self.sources if not all(path.exists() for *_, path in self._planned(s))]
+        first_of = {source.model.name: source for source in reversed(to_do)}
+        for source in list(reversed(first_of.values()))[1:]:
+            extractions.check(source)
 
     def _file(self, cell: Cell, head: HeadSpec, task: Task, settings: Any, views: dict[str, Any] | None = None) -> Path:
         config = self.config

@@ -176,6 +176,10 @@ class Extractions:
         extractor = self._extractor(source)
         return (extractor.with_views(**source.views) if source.views else extractor).provenance
 
+    def check(self, source: Source) -> None:
+        """Load the model, which refuses layers that it has not."""
+        self._extractor(source)
+
     def _extractor(self, source: Source) -> DiffusionFeatureExtractor:
         """Of plain images."""
         return DiffusionFeatureExtractor.from_pretrained(
