@@ -80,10 +80,11 @@ def beyond_input(best: Answer) -> tuple[str, str]:
 
 
 def wrong_prompt(answer: Answer) -> tuple[str, str] | None:
-    for one in answer["prompts"]:
+    """By the mean over the grid: one cell can go either way."""
+    for one in answer["prompts over the grid"]:
         if one["mine"]["prompt"] == "wrong class":
             verdict = "yes" if one["high"] < 0 else "no" if one["low"] > 0 else "undecided"
-            return verdict, f"at {place(answer)}: {interval(one)}"
+            return verdict, f"{interval(one)} in the mean of {one['cells']} cells, of which {one['lower']} are lower"
     return None
 
 
@@ -185,8 +186,9 @@ bootstrap over images and fits. *Yes* means that every interval of the row leave
 *no* that one leaves it out on the other side, or that the chosen cells themselves speak against it, whatever the
 intervals: the best layer or timestep is the edge in question, the best timestep is not small, or both labels are best
 known at the same layer; *undecided* all else. A timestep is small up to 250, a quarter of the schedule's 1,000 steps.
-Two labels with the same best cell have no row. Margins are not corrected for the number of comparisons on this page: of
-those whose truth is 0 one in twenty leaves it out.
+Two labels with the same best cell have no row. What a prompt with a wrong class does is judged by the mean over all
+layers and timesteps, since a single cell can go either way. Margins are not corrected for the number of comparisons on
+this page: of those whose truth is 0 one in twenty leaves it out.
 
 **Prompts that hold the class tell the model the answer.** With the class template every image is described by its own
 label, test images as well, so that the probe reads the prompt; with a wrong class, by another class than its own.

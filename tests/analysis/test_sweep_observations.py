@@ -36,7 +36,7 @@ def test_the_best_cell_is_compared_with_outer_layers_and_other_timesteps() -> No
     assert [one["other"]["timestep"] for one in answer["timesteps"]] == [10, 500]
     assert [round(one["difference"], 6) for one in answer["timesteps"]] == [0.3, 0.6]
     assert answer["tied"] == 0
-    assert answer["prompts"] == answer["labels"] == []
+    assert answer["prompts"] == answer["labels"] == answer["prompts over the grid"] == []
 
 
 def test_cells_that_are_as_good_are_counted() -> None:
@@ -60,6 +60,22 @@ def test_prompts_are_compared_at_the_best_place_and_never_taken_for_it() -> None
     (prompt,) = answer["prompts"]
     assert prompt["mine"]["prompt"] == "class template"
     assert abs(prompt["difference"] - 0.1) < 1e-9
+
+
+def test_prompts_are_compared_over_the_whole_grid() -> None:
+    """At the best cell the wrong class is 0.1 better, at two others 0.2 and 0.5 worse: 0.2 worse in the mean."""
+    wrong = {"prompt": "wrong class", "prompt_of": "other"}
+    shares = {("mid", 25): 1.0, ("mid", 10): 0.4, ("up", 10): 0.0}
+    others = [cell(share, layer=layer, timestep=t, **wrong) for (layer, t), share in shares.items()]
+    alone = cell(1.0, layer="elsewhere", timestep=25, **wrong)  # the other prompt has no such cell
+    (answer,) = observations([*grid(), *others, alone])
+    (prompt,) = answer["prompts over the grid"]
+    assert (prompt["mine"]["prompt"], prompt["cells"], prompt["lower"]) == ("wrong class", 3, 2)
+    assert abs(prompt["difference"] + 0.2) < 1e-9
+    assert abs(prompt["mine"]["accuracy"] - 1.4 / 3) < 1e-9
+    assert prompt["low"] < prompt["difference"] < prompt["high"]
+    _, rows = observation_table([answer])
+    assert any(row[1] == "prompt wrong class against empty, mean of 3 cells" for row in rows)
 
 
 def test_labels_are_compared_at_each_others_best_cell() -> None:

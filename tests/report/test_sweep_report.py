@@ -143,7 +143,9 @@ def test_the_head_is_named_where_there_are_several() -> None:
     cell = {"layer": "up", "timestep": 10, "label": "fine", "prompt": "empty", "accuracy": 0.9}
     margin = {"mine": cell, "other": cell, "difference": 0.1, "low": 0.0, "high": 0.2, "exceeds_noise": False}
     answers = [
-        cell | {"model": "m", "head": head, "first layer": margin, "timesteps": [], "prompts": [], "labels": [margin]}
+        cell
+        | {"model": "m", "head": head, "first layer": margin, "timesteps": [], "labels": [margin]}
+        | {"prompts": [], "prompts over the grid": []}
         for head in ("linear", "mlp")
     ]
     header, lines = observation_table(answers)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
+OBSERVATIONS = "each a difference of two cells of the grid, or of the means of its cells under two prompts"
 
 
 def write_sweep_report(folder: str | Path, output_dir: str | Path | None = None) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def findings_tables(results: SweepResults) -> str:
             text += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
             text += ["| " + " | ".join(row) + " |" for row in rows] + [""]
     header, rows = observation_table(results.summary["observations"])
-    text += ["**Observations**, each a difference of two cells of the grid:\n"]
+    text += [f"**Observations**, {OBSERVATIONS}:\n"]
     text += [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     text += [f"| {' | '.join(row)} |" for row in rows] + [""]
     return "\n".join(text)
@@ -179,9 +180,7 @@ def _page(results: SweepResults, captions: dict[str, str]) -> str:
     columns, rows = observation_table(results.summary["observations"])
     header = "".join(f"<th>{name}</th>" for name in columns)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    parts.append(
-        f"<p><b>Observations</b>, each a difference of two cells of the grid.</p><table><tr>{header}</tr>{body}</table>"
-    )
+    parts.append(f"<p><b>Observations</b>, {OBSERVATIONS}.</p><table><tr>{header}</tr>{body}</table>")
     for name, caption in captions.items():
         text = html.escape(caption, quote=True)
         parts.append(f'<figure><img src="{name}" alt="{text}"><figcaption>{text}</figcaption></figure>')

@@ -44,6 +44,14 @@ def observation_table(answers: Sequence[Answer]) -> tuple[list[str], list[list[s
         ]
         rows += [
             _row(
+                of,
+                f"prompt {one['mine']['prompt']} against {one['other']['prompt']}, mean of {one['cells']} cells",
+                one,
+            )
+            for one in answer["prompts over the grid"]
+        ]
+        rows += [
+            _row(
                 f"{answer['model']}, {one['mine']['label']}{head}",
                 f"its best, {place(one['mine'])}, against the best of {answer['label']}, {place(answer)}",
                 one,

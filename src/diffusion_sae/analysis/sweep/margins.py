@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .cells import CellResult
@@ -88,12 +88,21 @@ def margin(mine: Point, other: Point, *, seed: int = 0) -> dict[str, Any]:
     """Difference of two accuracies on the same images with a 95 % interval, by a paired bootstrap.
 
     A resample draws images and fits with replacement, so that the interval holds both what the images and what the
-    seeds leave open. Fits are paired where both have as many.
+    seeds leave open.
     """
+    return interval_of(difference_of(mine, other), seed=seed)
+
+
+def difference_of(mine: Point, other: Point) -> Float[Tensor, "fits n"]:
+    """1 where the first alone was right, −1 where the second was, else 0; fits are paired where both have as many."""
     first, second = mine.hits().double(), other.hits().double()
     if len(first) != len(second):
         first, second = first.mean(0, keepdim=True), second.mean(0, keepdim=True)
-    difference = first - second  # (fits, images)
+    return first - second
+
+
+def interval_of(difference: Float[Tensor, "fits n"], *, seed: int = 0) -> dict[str, Any]:
+    """The mean with the interval of `margin`."""
     generator = torch.Generator().manual_seed(seed)
     fits, images = difference.shape
     means, at_once = [], max(1, AT_ONCE // images)

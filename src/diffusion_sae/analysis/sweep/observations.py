@@ -4,11 +4,14 @@ Each answer is a difference of test accuracies on the same images with the inter
 compared is chosen on validation images.
 """
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from .cells import CellResult
-from .margins import Key, Point, best_of, margin, model_groups, points
+from .margins import Key, Point, best_of, difference_of, interval_of, margin, model_groups, points
 
 Answer = dict[str, Any]
 
@@ -25,6 +28,7 @@ def observations(results: Sequence[CellResult]) -> list[Answer]:
     - `timesteps`: the best layer at every other timestep of the grid.
     - `tied`: how many of the grid's cells the images and fits do not tell from the best one.
     - `prompts`: the best layer and timestep under every other prompt, those that are made of a class among them.
+    - `prompts over the grid`: the same of the mean over all layers and timesteps that both prompts have.
     - `finer`, `coarser`: for every other label, its accuracy at its own best cell against that at this label's.
     """
     groups = model_groups(results)
@@ -50,6 +54,7 @@ def _answers(key: Key, groups: dict[Key, list[Point]], results: Sequence[CellRes
             if point.results[0].cell.timestep != chosen.timestep and point.results[0].cell.prompt == chosen.prompt
         ],
         "prompts": [compared(point, best) for point in _same_place(results, best)],
+        "prompts over the grid": _over_the_grid(results, best),
         "labels": _labels(key, groups),
     }
     for name, layer in (("first layer", layers[0]), ("last layer", layers[-1])):
@@ -60,13 +65,50 @@ def _answers(key: Key, groups: dict[Key, list[Point]], results: Sequence[CellRes
 
 def _same_place(results: Sequence[CellResult], best: Point) -> list[Point]:
     """The same model, layer, timestep, head and label under other prompts."""
-    chosen, same = best.results[0].cell, ("kind", "model", "weights", "layer", "timestep", "head", "label")
+    chosen = best.results[0].cell
+    return [
+        point
+        for point in _alike(results, best)
+        if (point.results[0].cell.layer, point.results[0].cell.timestep) == (chosen.layer, chosen.timestep)
+        and point.results[0].cell.prompt != chosen.prompt
+    ]
+
+
+def _alike(results: Sequence[CellResult], best: Point) -> list[Point]:
+    """All layers, timesteps and prompts of the same model, weights, head and label."""
+    chosen, same = best.results[0].cell, ("kind", "model", "weights", "head", "label")
     return [
         point
         for point in points(results)
         if all(getattr(point.results[0].cell, name) == getattr(chosen, name) for name in same)
-        and point.results[0].cell.prompt != chosen.prompt
     ]
+
+
+def _over_the_grid(results: Sequence[CellResult], best: Point) -> list[Answer]:
+    """Every other prompt against that of the best cell, by the mean over the places that both have."""
+    by_prompt: dict[str, dict[tuple[str, int], Point]] = {}
+    for point in _alike(results, best):
+        cell = point.results[0].cell
+        by_prompt.setdefault(cell.prompt, {})[cell.layer, cell.timestep] = point
+    chosen = best.results[0].cell.prompt
+    own, answers = by_prompt.pop(chosen), []
+    for prompt, others in by_prompt.items():
+        pairs = [(others[place], own[place]) for place in own if place in others]
+        if not pairs:
+            continue
+        differences = [difference_of(*pair) for pair in pairs]
+        accuracies = zip(*((statistics.mean(p.accuracies) for p in pair) for pair in pairs), strict=True)
+        mine, other = (statistics.mean(of_side) for of_side in accuracies)
+        answers.append(
+            {
+                "mine": {"prompt": prompt, "accuracy": mine},
+                "other": {"prompt": chosen, "accuracy": other},
+                "cells": len(pairs),
+                "lower": sum(difference.mean().item() < 0 for difference in differences),
+                **interval_of(torch.stack(differences).mean(0)),
+            }
+        )
+    return answers
 
 
 def _labels(key: Key, groups: dict[Key, list[Point]]) -> list[Answer]:
