@@ -38,19 +38,26 @@ def source(result: dict[str, Any], machine: dict[str, Any], file: str) -> str:
 
 
 def training(result: dict[str, Any]) -> str:
-    """Every contender's time over ours, and ours over the limit."""
+    """Every contender's time over ours, and ours, with all scores in fp32 as well, over the limit."""
     shapes = result["shapes"]
-    names = [name for name in next(iter(shapes.values()))["contenders"] if name not in ("ours", "limit")]
+    ours = ("ours", "ours-fp32")
+    names = [name for name in next(iter(shapes.values()))["contenders"] if name not in (*ours, "limit")]
     rows = []
     for shape, found in shapes.items():
         size, d_in, n, k = shape.split(",")
         ratios = found["ratios"]
         rows.append(
             [f"{int(size):,} × {d_in}", f"{int(n):,}", k]
-            + [f"{ratios['ours / limit']['ratio']:.2f}"]
+            + [f"{ratios[f'{name} / limit']['ratio']:.2f}" for name in ours]
             + [f"{ratios[f'{name} / ours']['ratio']:.2f}" for name in names]
         )
-    header = ["rows × d_in", "latents", "k", "ours / limit", *(f"{name} / ours" for name in names)]
+    header = [
+        "rows × d_in",
+        "latents",
+        "k",
+        *(f"{name} / limit" for name in ours),
+        *(f"{name} / ours" for name in names),
+    ]
     machine = next(iter(shapes.values()))["machine"]
     return table(header, rows) + "\n\n" + source(machine, machine, "sae-training-speed.json")
 

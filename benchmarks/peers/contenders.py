@@ -11,6 +11,7 @@ LEARNING_RATE = 4e-4
 MODULES = {  # contender: the module beside this one that has its step
     "limit": "limit_step",
     "ours": "our_step",
+    "ours-fp32": "our_fp32_step",
     "sparsify": "sparsify_step",
     "sae-lens": "saelens_step",
     "sae-lens-sparse": "saelens_sparse_step",
@@ -18,9 +19,10 @@ MODULES = {  # contender: the module beside this one that has its step
     "overcomplete": "overcomplete_step",
     "revelio": "revelio_step",
 }
-HERE = ("limit", "ours", "revelio")
+OURS = ("ours", "ours-fp32")
+HERE = ("limit", *OURS, "revelio")
 """Contenders that run in our own environment."""
-PEERS = tuple(name for name in MODULES if name not in ("limit", "ours"))
+PEERS = tuple(name for name in MODULES if name not in ("limit", *OURS))
 
 
 class Shape(NamedTuple):
