@@ -26,11 +26,11 @@ from .selection import group_maxima, group_size, pad_rows, whole_groups
 UNIT = 2.0**-8  # the largest relative error of rounding to bf16
 UNIT_FP32 = 2.0**-24
 SMALLEST = 1e-30  # products below it may be flushed to zero
-ROUNDINGS = 4  # more than those of a sum, of the k-th score and of a bound
+ROUNDINGS = 6  # one or two of the score, as many of the k-th one, and one of the bound
 MOST_GROUPS = 6  # times k; beyond, forming the scores in question takes about as long as the product in fp32
 MEMBERS_ABOVE, FEWEST_GROUPS_SKIPPED = 16, 4  # groups of latents, of which at most a fourth is looked through
-MIN_ROWS, MIN_WIDTH, MIN_LATENTS = 256, 128, 2048
-SCORE_BYTES = 2**25
+MIN_ROWS, MIN_WIDTH, MIN_LATENTS = 256, 128, 2048  # below, rounding W_enc or the choice takes what the product saves
+SCORE_BYTES = 2**25  # the product in bf16 is as fast in small blocks
 
 
 @dataclass
@@ -169,7 +169,7 @@ def _count(redo: Bool[Tensor, " N"]) -> Int[Tensor, " redo"]:
 
 
 def _scores_in_bf16(
-    features: Tensor, W_enc: Tensor, b_enc: Tensor, members: int
+    features: Float[Tensor, "N d_in"], W_enc: Float[Tensor, "n d_in"], b_enc: Float[Tensor, " n"], members: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Of a block of rows at a time: which they are, their scores (r, whole groups of columns) rounded to bf16, and how
     far from W_enc x + b_enc each can have been before it was rounded, (r,). The scores are gone with the next block.
@@ -187,7 +187,8 @@ def _scores_in_bf16(
         half = torch.empty_like(part, dtype=torch.bfloat16)
         length, off = _round(part, half)
         # |x·w − x̃·w̃| ≤ ‖x − x̃‖ ‖w‖ + ‖x̃‖ ‖w − w̃‖ (Cauchy and Schwarz); a sum of d products in fp32, of which there
-        # are two, is off by at most d roundings of ‖x‖ ‖w‖; b_enc is rounded, and may be added to what is rounded
+        # are two, is off by at most d roundings of ‖x‖ ‖w‖; b_enc is rounded, and may be added to a rounded sum, which
+        # is at most |b_enc| larger than the score
         errors = off * of_latent + (length + off) * off_latent + 2 * UNIT * b_enc.abs().amax() + SMALLEST
         errors += 2 * width * UNIT_FP32 * (length + off) * (of_latent + off_latent)
         scores = buffer[: len(part)]
