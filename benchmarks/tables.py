@@ -51,13 +51,8 @@ def training(result: dict[str, Any]) -> str:
             + [f"{ratios[f'{name} / limit']['ratio']:.2f}" for name in ours]
             + [f"{ratios[f'{name} / ours']['ratio']:.2f}" for name in names]
         )
-    header = [
-        "rows × d_in",
-        "latents",
-        "k",
-        *(f"{name} / limit" for name in ours),
-        *(f"{name} / ours" for name in names),
-    ]
+    over_ours = [f"{name} / ours" for name in names]
+    header = ["rows × d_in", "latents", "k", "ours / limit", "ours in fp32 / limit", *over_ours]
     machine = next(iter(shapes.values()))["machine"]
     return table(header, rows) + "\n\n" + source(machine, machine, "sae-training-speed.json")
 

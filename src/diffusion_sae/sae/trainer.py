@@ -120,7 +120,6 @@ class SAETrainer:
         self.stepper = TrainingStep(sae, args, self.processes)
         self.schedule = learning_rate_factor(args, self.stepper.optimizer, self.max_steps)
         self.run_name = self._run_name()
-        self.average = MovingAverage(sae, args.ema_decay)
         self.checkpoints = Checkpoints.of(self.output_dir, self.run_name, self.processes)
         extra = self.checkpoints.load(sae, self.stepper.optimizer, self.logger.history)
         if extra is None:
@@ -136,6 +135,7 @@ class SAETrainer:
         self.step_number = self.stepper.steps_done = int(extra["step"])
         self.scale = extra["input_scale"]
         self.best, self.evaluations_since_best = float(extra["best"]), int(extra["evaluations_since_best"])
+        self.average = MovingAverage(sae, args.ema_decay)
         self.average.load(extra)
 
     @property
