@@ -85,4 +85,4 @@ def test_training_speed_is_the_committed_result() -> None:
     assert {len(ratios) for ratios in others} == {6}  # sae-lens with both of its ways
     fastest = [min(ratios.values()) for ratios in others]
     assert f"takes {min(over_limit):.2f} to {max(over_limit):.2f} times as long as one product" in README
-    assert f"the fastest takes {min(fastest):.2f} to {max(fastest):.2f} times as long as ours" in README
+    assert f"libraries the fastest takes {min(fastest):.2f} to {max(fastest):.2f} times as long as ours" in README
