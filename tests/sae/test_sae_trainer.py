@@ -309,7 +309,7 @@ class TestWhatIsSaved:
         _, result, folder = trained
         assert json.loads((folder / "training_history.json").read_text()) == result.history
         assert [entry["step"] for entry in result.history] == [1, 5, 10, 12]
-        assert all(set(entry) == {"step", "loss", "fvu", "dead_latents"} for entry in result.history)
+        assert all(set(entry) == {"step", "loss", "fvu", "l0", "dead_latents"} for entry in result.history)
 
     def test_is_in_evaluation_mode(self, trained: tuple[KSparseAutoencoder, SAETrainingResult, Path]) -> None:
         assert not trained[0].training

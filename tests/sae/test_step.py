@@ -14,7 +14,7 @@ from torch import Tensor, optim
 
 from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig, SAETrainingArguments
 from diffusion_sae._training import load_checkpoint, save_checkpoint
-from diffusion_sae.sae import penalised
+from diffusion_sae.sae import micro_batches, penalised
 from diffusion_sae.sae import step as step_module
 from diffusion_sae.sae.configuration import ACTIVATIONS
 from diffusion_sae.sae.step import StepReport, TrainingStep
@@ -152,23 +152,63 @@ def test_the_settings_do_something(changed: str, superposition: Callable[..., Te
     assert not torch.allclose(steps[0].sae.W_dec, steps[1].sae.W_dec, rtol=1e-3, atol=1e-4)
 
 
-def test_micro_batches_come_to_the_whole_batch(superposition: Callable[..., Tensor]) -> None:
+PARTED = {
+    "plain": {},
+    "auxk": {"auxk": 8, "dead_after_rows": ROWS},
+    "multi_topk": {"multi_topk_alpha": 0.125},
+    "penalty": {"sparsity_coefficient": 0.3},
+}
+PARTED_OF = [
+    (activation, model, settings)
+    for activation, model in MODELS_OF
+    for settings in PARTED
+    if settings != ("multi_topk" if activation in PENALISED else "penalty")
+]
+
+
+@pytest.mark.parametrize(("activation", "model", "settings"), PARTED_OF, ids=map("-".join, PARTED_OF))
+def test_micro_batches_come_to_the_whole_batch(
+    activation: str, model: str, settings: str, superposition: Callable[..., Tensor]
+) -> None:
+    """Of five rows, the last of fewer; batchtopk's choice, L0 and AuxK's ratio are of the whole batch."""
     features = superposition(4 * ROWS)
-    whole, parts = make_step(), make_step(micro_batch_size=5)
+    whole = make_step(activation, model, **PARTED[settings])
+    parts = make_step(activation, model, **PARTED[settings], micro_batch_size=5)
     for got, expected in zip(run(parts, features), run(whole, features), strict=True):
-        torch.testing.assert_close(got.loss, expected.loss, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(got.fvu, expected.fvu, rtol=1e-4, atol=1e-5)
-        assert got.top_acts.shape == got.top_indices.shape == (ROWS * K,)
+        for name in ("loss", "fvu", "l0"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+        assert torch.equal(got.active, expected.active)
     assert_same_state(parts, whole)
 
 
-def test_the_threshold_of_batchtopk_is_that_of_an_average_micro_batch(superposition: Callable[..., Tensor]) -> None:
+def test_dense_codes_are_taken_in_parts_that_fit(
+    superposition: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, calls = superposition(ROWS), []
+    monkeypatch.setattr(micro_batches, "DENSE_BYTES", 4 * NUM_LATENTS * 7)
+    for activation, parts in (("relu", -(-ROWS // 7)), ("topk", 1)):
+        step = make_step(activation)
+        step.sae.register_forward_hook(lambda *_: calls.append(1))
+        run(step, features)
+        assert len(calls) == parts
+        calls.clear()
+    with torch.no_grad():
+        step = make_step("relu")
+        step.sae.b_enc.fill_(-100)  # then hardly any latent is active, and codes are sparse
+    step.sae.register_forward_hook(lambda *_: calls.append(1))
+    run(step, features)
+    assert len(calls) == 1
+
+
+def test_the_threshold_of_batchtopk_is_the_mean_of_the_smallest_that_were_kept(
+    superposition: Callable[..., Tensor],
+) -> None:
     features = superposition(3 * ROWS)
     step = make_step("batchtopk", micro_batch_size=ROWS // 2)
     smallest = []
     for batch in features.split(ROWS):
-        acts = [step.sae.train()(part).top_acts for part in batch.split(ROWS // 2)]
-        smallest.append(sum(part[part > 0].min().item() for part in acts) / 2)
+        acts = step.sae.train()(batch).top_acts
+        smallest.append(acts[acts > 0].min().item())
         step(batch, LEARNING_RATE)
         assert step.sae.threshold.item() == pytest.approx(sum(smallest) / len(smallest), rel=1e-5)
 
@@ -309,14 +349,14 @@ def test_one_step_of_adam_by_hand(superposition: Callable[..., Tensor]) -> None:
 
 def test_another_k_than_the_configs(superposition: Callable[..., Tensor]) -> None:
     step = make_step()
-    assert step(superposition(ROWS), LEARNING_RATE, k=9).top_acts.shape == (ROWS, 9)
-    assert step(superposition(ROWS), LEARNING_RATE).top_acts.shape == (ROWS, K)
+    assert step(superposition(ROWS), LEARNING_RATE, k=9).l0 == 9
+    assert step(superposition(ROWS), LEARNING_RATE).l0 == K
 
 
 def test_rows_since_a_latent_was_active(superposition: Callable[..., Tensor]) -> None:
     step = make_step()
     first, second = run(step, superposition(2 * ROWS))
-    actives = [set(report.top_indices[report.top_acts != 0].tolist()) for report in (first, second)]
+    actives = [set(report.active.nonzero().flatten().tolist()) for report in (first, second)]
     assert actives[0] - actives[1]
     for latent, rows in enumerate(step.rows_since_active.tolist()):
         assert rows == (0 if latent in actives[1] else ROWS if latent in actives[0] else 2 * ROWS)
@@ -328,5 +368,8 @@ def test_a_report_is_of_the_weights_before_the_update(superposition: Callable[..
     output = step.sae(batch)
     report = step(batch, LEARNING_RATE)
     assert torch.equal(report.loss, output.loss)
-    assert {field.name for field in dataclasses.fields(report)} <= set(output.keys())
+    assert torch.equal(report.fvu, output.fvu)
+    active = output.top_acts != 0
+    assert report.l0.item() == pytest.approx(active.sum().item() / ROWS)
+    assert set(report.active.nonzero().flatten().tolist()) == set(output.top_indices[active].tolist())
     assert not any(getattr(report, field.name).requires_grad for field in dataclasses.fields(report))

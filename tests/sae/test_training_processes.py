@@ -60,11 +60,21 @@ def train(folder: Path, count: int, config: dict, changes: dict) -> None:
         ({}, {}),
         ({"matryoshka_sizes": [16, 64]}, {"optimizer": "adamw", "ema_decay": 0.9}),
         ({"activation": "batchtopk"}, {}),
-        ({"activation": "batchtopk"}, {"multi_topk_alpha": 0.125, "optimizer": "adamw"}),
-        ({"activation": "jumprelu", "jumprelu_bandwidth": 0.1}, {"sparsity_coefficient": 0.3, "auxk": 0}),
+        ({"activation": "batchtopk"}, {"multi_topk_alpha": 0.125, "optimizer": "adamw", "micro_batch_size": 20}),
+        (
+            {"activation": "jumprelu", "jumprelu_bandwidth": 0.1},
+            {"sparsity_coefficient": 0.3, "auxk": 0, "micro_batch_size": 20},
+        ),
         ({"activation": "relu"}, {"auxk": 0}),
     ],
-    ids=["fused", "another optimiser, nested, averaged", "batchtopk", "batchtopk, not fused", "jumprelu", "relu"],
+    ids=[
+        "fused",
+        "another optimiser, nested, averaged",
+        "batchtopk",
+        "batchtopk, not fused, in parts",
+        "jumprelu, in parts",
+        "relu",
+    ],
 )
 def test_two_processes_give_the_curve_of_one(config: dict, changes: dict, tmp_path: Path) -> None:
     _require_same_training(tmp_path, config, changes, {})
@@ -74,7 +84,7 @@ def test_two_processes_give_the_curve_of_one(config: dict, changes: dict, tmp_pa
     ("config", "changes"),
     [
         ({}, {}),
-        ({"activation": "batchtopk"}, {}),
+        ({"activation": "batchtopk"}, {"micro_batch_size": 20}),
         (
             {"num_latents": 61},
             {"ema_decay": 0.9, "normalize_input": "scalar", "micro_batch_size": 20},
@@ -84,7 +94,7 @@ def test_two_processes_give_the_curve_of_one(config: dict, changes: dict, tmp_pa
             {"multi_topk_alpha": 0.125, "optimizer": "adamw"},
         ),
     ],
-    ids=["topk", "batchtopk", "odd shares, averaged, in parts", "signed, nested, another optimiser"],
+    ids=["topk", "batchtopk, in parts", "odd shares, averaged, in parts", "signed, nested, another optimiser"],
 )
 def test_latents_shared_out_over_two_processes(config: dict, changes: dict, tmp_path: Path) -> None:
     """Each holds half of the dictionary, which is never made in full; the files are those of one process."""

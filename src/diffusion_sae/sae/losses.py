@@ -32,7 +32,7 @@ def auxk_loss(estimate: Tensor, residual: Tensor, shared: WholeBatch = WHOLE) ->
     ê has no b_dec: x̂ has it already, and e is what x̂ leaves over. The mean of all shares' losses is that of the batch.
     """
     residual = residual.detach().to(of_sums(residual))
-    total = shared.mean(residual.pow(2).sum())
+    total = shared.mean(residual.pow(2).sum(), "residual")
     return (estimate - residual).pow(2).sum() / total.clamp_min(1e-12)
 
 
@@ -47,4 +47,4 @@ def l0_penalty(active: Tensor, k: int, shared: WholeBatch = WHOLE) -> Float[Tens
     The mean of all shares' gradients is that of the batch, whose L0 it is.
     """
     l0 = active.sum(-1).mean()
-    return (l0 - l0.detach() + shared.mean(l0.detach())).div(k).sub(1).pow(2)
+    return (l0 - l0.detach() + shared.mean(l0.detach(), "l0")).div(k).sub(1).pow(2)

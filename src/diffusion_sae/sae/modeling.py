@@ -225,14 +225,15 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
             dead = torch.nonzero(dead_latents).flatten()
             estimate = self._decoded(self._chosen(rows, k=min(auxk, len(dead)), subset=dead))
             aux = auxk_loss(rows.scaled(estimate), target - reconstruction, shared)
+        fvu = shared.mean(error) / total_variance(target, shared)  # of halves these are sums in fp32
         return KSparseAutoencoderOutput(
-            loss=loss + auxk_alpha * aux + sparsity_coefficient * sparsity,
+            loss=(loss + auxk_alpha * aux + sparsity_coefficient * sparsity).to(target.dtype),
             reconstruction=reconstruction,
             top_acts=code.top_acts,
             top_indices=code.top_indices,
-            fvu=shared.mean(error) / total_variance(target, shared),
-            auxk_loss=aux.detach(),
-            sparsity_loss=sparsity.detach(),
+            fvu=fvu.to(target.dtype),
+            auxk_loss=aux.detach().to(target.dtype),
+            sparsity_loss=sparsity.detach().to(target.dtype),
         )
 
     def _code(self, rows: Rows, k: int | None, more: SparseCode | None, shared: WholeBatch) -> SparseCode:
@@ -243,9 +244,12 @@ class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):
             return self._chosen(rows, k=k)
         if not self.training:
             return self._above_threshold(rows)
-        choose = partial(batch_top_k, k=k or self.config.k, num_latents=self.config.num_latents, shared=shared)
-        values, indices = self._encoded(rows, choose)
+        values, indices = self._encoded(rows, shared.choose or self.choice_of_batch(k, shared))
         return SparseCode(F.relu(values), indices)
+
+    def choice_of_batch(self, k: int | None, shared: WholeBatch) -> Choose:
+        """Of `batchtopk` in training."""
+        return partial(batch_top_k, k=k or self.config.k, num_latents=self.config.num_latents, shared=shared)
 
     @property
     def held(self) -> slice:

@@ -32,7 +32,7 @@ def penalised_pass(
     sae: "KSparseAutoencoder", rows: Rows, target: Tensor, shared: WholeBatch
 ) -> tuple[SparseCode, Float[Tensor, "N d_in"], Float[Tensor, ""]]:
     """(code, decoded rows with their bias, penalty), with the gradients of dense autograd."""
-    few = _few_have_a_gradient(sae, rows)
+    few = few_have_a_gradient(sae, rows)
     return (_sparse_pass if few else _dense_pass)(sae, rows, target, shared)
 
 
@@ -43,7 +43,8 @@ def _floor(sae: Any) -> Float[Tensor, "*num_latents"]:
 
 
 @torch.no_grad()
-def _few_have_a_gradient(sae: Any, rows: Rows) -> bool:
+def few_have_a_gradient(sae: Any, rows: Rows) -> bool:
+    """By an estimate from the first rows."""
     bias = rows.bias if rows.bias.ndim == 1 else rows.bias[:LOOKED_AT]
     pre_acts = torch.addmm(sae.b_enc, rows.normalised[:LOOKED_AT] - bias, sae.W_enc)
     return bool((pre_acts > _floor(sae)).float().mean() <= FEW)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, distributed, nn
 
 from .._processes import Processes
-from .sparse import SparseGradients
+from .sparse import Choose, SparseGradients
 
 
 class WholeBatch:
@@ -25,8 +25,13 @@ class WholeBatch:
     Of a batch that several have a part of, what is a statistic of all rows asks the others here.
     """
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Mean over the processes' shares of the rows; without gradient."""
+    @property
+    def choose(self) -> Choose | None:
+        """What batchtopk has chosen, if that is known already."""
+        return None
+
+    def mean(self, value: Tensor, statistic: str = "") -> Tensor:  # noqa: ARG002
+        """Mean over all shares of the rows, without gradient. Of a named statistic a micro-batch knows it already."""
         return value
 
     def offers(self, values: Float[Tensor, "N width"]) -> Float[Tensor, "rows shares width"]:
@@ -82,7 +87,7 @@ class SAEProcesses(Processes, WholeBatch):
         """Sum, in fp64, of numbers of the latents that this process holds and of what all processes have."""
         return torch.stack(of_latents + shared).double().sum()
 
-    def mean(self, value: Tensor) -> Tensor:
+    def mean(self, value: Tensor, statistic: str = "") -> Tensor:  # noqa: ARG002
         """See `WholeBatch`; a batch's shares have the same number of rows."""
         if self.count == 1:
             return value
@@ -152,7 +157,7 @@ class ShardProcesses(SAEProcesses):
     def total(self, of_latents: list[Tensor], shared: list[Tensor]) -> Tensor:
         return self.summed(torch.stack(of_latents).double().sum()) + sum(value.double() for value in shared)
 
-    def mean(self, value: Tensor) -> Tensor:
+    def mean(self, value: Tensor, statistic: str = "") -> Tensor:  # noqa: ARG002
         return value
 
     def gather(self, value: Tensor, padding: float = 0) -> Tensor:  # noqa: ARG002

@@ -1,14 +1,17 @@
 """One training step: forward, backward, update. For Adam the weights' gradients are never whole in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from .losses import total_variance
+from .micro_batches import active_per_row, micro_batches, rows_of
 from .modeling import KSparseAutoencoder, Timesteps
 from .processes import SAEProcesses
 from .scratch import distances
@@ -26,8 +29,10 @@ class StepReport:
 
     loss: Tensor
     fvu: Tensor
-    top_acts: Tensor
-    top_indices: Tensor
+    l0: Tensor
+    """Active latents of a row, on average."""
+    active: Bool[Tensor, " num_latents"]
+    """Whether a latent is active in some row."""
 
 
 class TrainingStep:
@@ -85,31 +90,23 @@ class TrainingStep:
         report = StepReport(
             processes.mean(report.loss),
             report.fvu,
-            processes.gather(report.top_acts),
-            processes.gather(report.top_indices),
+            processes.mean(report.l0),
+            processes.mean(report.active.float()) > 0,
         )
         self.steps_done += 1
         self.rows_since_active += len(batch) * processes.batch_shares
-        self.rows_since_active.masked_fill_(self._active(report), 0)
+        self.rows_since_active.masked_fill_(report.active, 0)
         if self.args.dead_latent_boost:
             with torch.no_grad():
                 self.sae.b_enc.add_(self.dead[self.sae.held], alpha=self.args.dead_latent_boost * learning_rate)
         return report
 
     @torch.no_grad()
-    def _learn_threshold(self, acts: list[Tensor]) -> None:
-        """Of batchtopk, from the mean of what was the smallest active latent of each micro-batch."""
-        smallest = torch.stack([torch.where(part > 0, part, torch.inf).amin() for part in acts])
-        smallest = self.processes.gather(smallest[None]).amin(0)
-        known = smallest[smallest.isfinite()]
-        if len(known):  # at first the mean of all steps: the first ones would weigh in for long
-            self.sae.update_threshold_(known.mean(), rate=max(0.01, 1 / (self.steps_done + 1)))
-
-    def _active(self, report: StepReport) -> Tensor:
-        """(num_latents,) whether a latent is active in some row of the step."""
-        times = torch.zeros_like(self.rows_since_active, dtype=torch.int32)
-        pairs = (report.top_acts != 0).to(torch.int32)
-        return times.index_add_(0, report.top_indices.flatten(), pairs.flatten()) > 0
+    def _learn_threshold(self, smallest: Tensor) -> None:
+        """Of batchtopk, from the smallest active latent of the batch."""
+        smallest = self.processes.gather(smallest[None, None]).amin()
+        if bool(smallest.isfinite()):  # at first the mean of all steps: the first ones would weigh in for long
+            self.sae.update_threshold_(smallest, rate=max(0.01, 1 / (self.steps_done + 1)))
 
     def _average_gradients(self) -> None:
         """Of the processes; those of the weights are not formed yet where the update is fused."""
@@ -118,39 +115,49 @@ class TrainingStep:
                 if parameter.grad is not None:
                     parameter.grad = self.processes.mean(parameter.grad)
 
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        device = self.sae.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.args.bf16), counted(self.screened):
+            yield
+
     def _backward(self, batch: Tensor, timesteps: Timesteps, k: int | None) -> StepReport:
-        size = self.args.micro_batch_size or len(batch)
-        loss, error, acts, indices, fvu = batch.new_zeros(()), batch.new_zeros(()), [], [], None
-        for start in range(0, len(batch), size):
-            rows = slice(start, start + size)
-            part = batch[rows]
-            of_rows = timesteps[rows] if isinstance(timesteps, Tensor) and timesteps.ndim else timesteps
-            with torch.autocast(part.device.type, torch.bfloat16, enabled=self.args.bf16), counted(self.screened):
-                output = self.sae(
-                    part,
-                    self.dead,
-                    self.args.auxk,
-                    self.args.auxk_alpha,
-                    timesteps=of_rows,
+        sae, args, dead = self.sae, self.args, self.dead
+        size, auxk = args.micro_batch_size, args.auxk > 0 and bool(dead.any())
+        with self._computing():
+            parts = micro_batches(sae, self.processes, batch, timesteps, size=size, k=k, auxk=auxk)
+        loss, l0, error = batch.new_zeros(()), batch.new_zeros(()), batch.new_zeros(())
+        smallest, fvu = batch.new_full((), torch.inf), None
+        times = torch.zeros_like(self.rows_since_active, dtype=torch.int32)
+        for part in parts:
+            rows = batch[part.rows]
+            with self._computing():
+                output = sae(
+                    rows,
+                    dead,
+                    args.auxk,
+                    args.auxk_alpha,
+                    timesteps=rows_of(timesteps, part.rows),
                     k=k,
-                    multi_topk_alpha=self.args.multi_topk_alpha,
-                    sparsity_coefficient=self.args.sparsity_coefficient,
-                    shared=self.processes,
+                    multi_topk_alpha=args.multi_topk_alpha,
+                    sparsity_coefficient=args.sparsity_coefficient,
+                    shared=part,
                 )
-            share = output.loss * (len(part) / len(batch))
+            share = output.loss * part.share
             share.backward()
             loss += share.detach()
-            acts.append(output.top_acts.detach())
-            indices.append(output.top_indices)
+            acts = output.top_acts.detach()
+            l0 += part.share * active_per_row(acts)
+            times.index_add_(0, output.top_indices.flatten(), (acts != 0).to(torch.int32).flatten())
+            smallest = torch.minimum(smallest, torch.where(acts > 0, acts, torch.inf).amin())
             fvu = output.fvu
-            if len(part) < len(batch):
-                error += distances(part, output.reconstruction).square().sum()
-        if self.sae.config.activation == "batchtopk":
-            self._learn_threshold(acts)
-        if fvu is not None and len(acts) == 1:
-            return StepReport(loss, fvu, acts[0], indices[0])
-        fvu = self.processes.mean(error) / total_variance(batch, self.processes)
-        return StepReport(loss, fvu, torch.cat([a.flatten() for a in acts]), torch.cat([i.flatten() for i in indices]))
+            if len(parts) > 1:
+                error += distances(rows, output.reconstruction).square().sum()
+        if sae.config.activation == "batchtopk":
+            self._learn_threshold(smallest)
+        if fvu is None or len(parts) > 1:
+            fvu = self.processes.mean(error) / total_variance(batch, self.processes)
+        return StepReport(loss, fvu, l0, times > 0)
 
     @torch.no_grad()
     def _update(self, gradients: SparseGradients, learning_rate: float) -> None:

@@ -189,7 +189,7 @@ class SAETrainer:
         loss, fvu = report.loss.item(), report.fvu.item()
         dead = self.stepper.dead.float().mean().item()
         require_finite_loss(loss, self.step_number, self.output_dir, ADVICE)
-        values = {"loss": loss, "fvu": fvu, "dead_latents": dead}
+        values = {"loss": loss, "fvu": fvu, "l0": report.l0.item(), "dead_latents": dead}
         if not math.isfinite(fvu):  # the rows of the batch are all equal
             del values["fvu"]
         self._log(values)

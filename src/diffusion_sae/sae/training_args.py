@@ -45,8 +45,9 @@ class SAETrainingArguments(JsonConfig):
     """Of the optimiser: with adamw apart from the gradient, with the others as a part of it. Decoder rows keep unit
     norm."""
     micro_batch_size: int | None = None
-    """Rows of a step that are computed at a time; None: all. Batchtopk chooses among these, AuxK is their ratio, and
-    the aim of jumprelu is for their L0."""
+    """Rows of a step that are computed at a time, to the result of all at once but for rounding; None: all, or of relu
+    and jumprelu, while their codes are dense, as many as take 256 MiB each time that rows × latents are held. In
+    several parts jumprelu and AuxK take one more forward pass."""
     bf16: bool = False
     """Whether the encoder's product (of relu and jumprelu also the decoder's) is computed in bfloat16; weights and all
     else stay in fp32."""
