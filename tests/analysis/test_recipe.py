@@ -160,7 +160,7 @@ class TestDryRun:
     @pytest.mark.slow
     def test_sd15_at_its_true_size(self, tmp_path: Path) -> None:
         """860 million parameters at 512 px, 81,920 latents; in a process of its own, which gives its memory back."""
-        command = [sys.executable, "-m", "diffusion_sae.cli.main", "train", "--dry-run", "--json", "--output-dir"]
+        command = [sys.executable, "-m", "diffusion_sae", "train", "--dry-run", "--json", "--output-dir"]
         recipe = ROOT / "hub_cards/sd15-up1-t25.yaml"
         done = subprocess.run([*command, tmp_path, "--recipe", recipe], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -180,7 +180,7 @@ class TestCommand:
         recipe.write_text(json.dumps(SAE | {"data": SAE["data"] | {"limit": 8}}), encoding="utf-8")  # JSON is YAML
         options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
         launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options.split()]
-        command = [*launch, "-m", "diffusion_sae.cli.main", "train", "--recipe", str(recipe), "--device", "cpu"]
+        command = [*launch, "-m", "diffusion_sae", "train", "--recipe", str(recipe), "--device", "cpu"]
         done = subprocess.run(
             [*command, "--output-dir", str(tmp_path / "run")],
             env=os.environ | {"OMP_NUM_THREADS": "1"},

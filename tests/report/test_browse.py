@@ -277,7 +277,7 @@ DROP = """() => {
 
 
 def test_the_command_serves_until_it_is_stopped(made: Made) -> None:
-    command = [sys.executable, "-m", "diffusion_sae.cli.main", "browse", str(made.folder), "--json"]
+    command = [sys.executable, "-m", "diffusion_sae", "browse", str(made.folder), "--json"]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,

@@ -120,7 +120,3 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(json.dumps(result, ensure_ascii=False, sort_keys=True) if args.json else args.show(result))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
