@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from .configuration import PENALISED
@@ -81,15 +80,10 @@ def micro_batches(
             rows = batch[part.rows]
             output = sae(rows, timesteps=rows_of(timesteps, part.rows), k=k, shared=part)
             residual += distances(rows, output.reconstruction).square().sum()
-            l0 += part.share * active_per_row(output.top_acts)
+            l0 += (output.top_acts != 0).sum() / len(batch)
         for part in parts:  # of the residual as much as of the rows, as the losses are weighted by it
             part.known = {"l0": processes.mean(l0), "residual": processes.mean(residual) * part.share}
     return parts
-
-
-def active_per_row(acts: Float[Tensor, "N k"]) -> Float[Tensor, ""]:
-    """Mean number of active latents."""
-    return (acts != 0).sum(1).float().mean()
 
 
 def rows_of(timesteps: Timesteps, rows: slice) -> Timesteps:

@@ -1,6 +1,6 @@
-"""The largest pre-activations by a product in bf16 first: exact, in a fraction of the fp32 product's time.
+"""The largest pre-activations by a product in bf16 first: exact, and faster than by that in fp32 (docs/speed.md).
 
-On processors with instructions for bf16 the product of all rows and latents takes a fourth of its time in fp32. It
+On processors with instructions for bf16 the product of all rows and latents takes much less time than in fp32. It
 cannot tell which pre-activations are the largest, but how far each is from its value in fp32 is bounded, so that it
 tells which few *can* be. These alone are formed in fp32, and chosen among. A row of which too many are in question is
 left to the product in fp32; `counted` tells how many were.

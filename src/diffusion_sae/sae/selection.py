@@ -63,7 +63,7 @@ def group_maxima(scores: Float[Tensor, "r n"], members: int) -> Float[Tensor, "r
 
 
 def _maxima_of_halves(scores: Tensor, members: int) -> Tensor:
-    """In fp32, some rows at a time: `amax` and pooling have no vectors of halves, and take up to ten times as long."""
+    """In fp32, some rows at a time: `amax` and pooling have no vectors of halves and take longer than both."""
     rows, columns = scores.shape
     maxima = torch.empty(rows, columns // members)
     step = max(1, PART_BYTES // (4 * columns))

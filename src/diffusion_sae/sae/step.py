@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from .losses import total_variance
-from .micro_batches import active_per_row, micro_batches, rows_of
+from .micro_batches import micro_batches, rows_of
 from .modeling import KSparseAutoencoder, Timesteps
 from .processes import SAEProcesses
 from .scratch import distances
@@ -126,7 +126,7 @@ class TrainingStep:
         size, auxk = args.micro_batch_size, args.auxk > 0 and bool(dead.any())
         with self._computing():
             parts = micro_batches(sae, self.processes, batch, timesteps, size=size, k=k, auxk=auxk)
-        loss, l0, error = batch.new_zeros(()), batch.new_zeros(()), batch.new_zeros(())
+        loss, error = batch.new_zeros(()), batch.new_zeros(())
         smallest, fvu = batch.new_full((), torch.inf), None
         times = torch.zeros_like(self.rows_since_active, dtype=torch.int32)
         for part in parts:
@@ -147,7 +147,6 @@ class TrainingStep:
             share.backward()
             loss += share.detach()
             acts = output.top_acts.detach()
-            l0 += part.share * active_per_row(acts)
             times.index_add_(0, output.top_indices.flatten(), (acts != 0).to(torch.int32).flatten())
             smallest = torch.minimum(smallest, torch.where(acts > 0, acts, torch.inf).amin())
             fvu = output.fvu
@@ -157,7 +156,7 @@ class TrainingStep:
             self._learn_threshold(smallest)
         if fvu is None or len(parts) > 1:
             fvu = self.processes.mean(error) / total_variance(batch, self.processes)
-        return StepReport(loss, fvu, l0, times > 0)
+        return StepReport(loss, fvu, times.sum() / len(batch), times > 0)
 
     @torch.no_grad()
     def _update(self, gradients: SparseGradients, learning_rate: float) -> None:
