@@ -260,6 +260,29 @@ def test_latents_that_tell_classes_apart(visit: Visit, made: Made) -> None:
     page.wait_for_selector("#less")
 
 
+def test_a_view_left_while_its_pictures_are_drawn(visit: Visit) -> None:
+    """The sheets of the view come in between its end and the end of its effects, which a browser puts off."""
+    visit.page.add_init_script(
+        """const held = [], make = window.createImageBitmap;
+        window.createImageBitmap = (...args) =>
+          make(...args).then((made) => new Promise((give) => held.push(() => give(made))));
+        const strips = () => [...document.querySelectorAll("canvas.strip")];
+        window.leave = (hash) => new Promise((left) => {
+          const drawn = strips();
+          new MutationObserver(() => {
+            if (!drawn.some((strip) => strip.isConnected)) left(held.splice(0).map((give) => give()).length);
+          }).observe(document.body, { childList: true, subtree: true });
+          location.hash = hash;
+          setTimeout(() => left(0), 10000);
+        });
+        window.waiting = () => held.length && strips().length;"""
+    )
+    page = visit.open("#/latents")
+    page.wait_for_function("waiting()")
+    assert page.evaluate("leave('#/layers')") > 0
+    page.wait_for_selector(".heat")
+
+
 def test_layers_and_timesteps(visit: Visit) -> None:
     page = visit.open("#/layers")
     cells = page.locator(".heat td").all_inner_texts()

@@ -190,7 +190,9 @@ def main() -> None:
         pids = start(kind, folder / "killed", save_steps)
         while progress_of(folder / "killed") < at_least - save_steps and os.waitpid(pids[0], os.WNOHANG) == (0, 0):
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.1) * duration)
+        moment = time.monotonic() + rng.uniform(0, 0.1) * duration
+        while time.monotonic() < moment and progress_of(folder / "killed") < 0.9 * end:
+            time.sleep(0.001)
         rng.shuffle(pids)
         if not kill(pids):
             sys.exit(f"the training ended before it was killed {len(progress) + 1} times")

@@ -79,7 +79,8 @@ export function Strip({ sheets: about, images, side, gap = 2, maps, grid, label 
   const width = images.length * side + (images.length - 1) * gap;
   useEffect(() => {
     const own = ++drawing.current;
-    const context = canvas.current.getContext("2d");
+    const element = canvas.current; // the reference is empty as soon as the view is left, which is before this effect ends
+    const context = element.getContext("2d");
     (async () => {
       for (let n = 0; n < images.length; n++) {
         if (images[n] < 0) continue;
@@ -88,7 +89,7 @@ export function Strip({ sheets: about, images, side, gap = 2, maps, grid, label 
         if (own !== drawing.current) return;
         if (maps) drawHeat(context, maps.subarray(n * grid[0] * grid[1], (n + 1) * grid[0] * grid[1]), grid, x, 0, side * dense);
       }
-      canvas.current.dataset.drawn = maps ? "heat" : "plain";
+      element.dataset.drawn = maps ? "heat" : "plain";
     })();
     return () => drawing.current++;
   });
