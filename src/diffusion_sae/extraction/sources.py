@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from ..features.columns import StringColumn
-from ..features.labels import LABEL, LabelSet
+from ..features.labels import LABEL, LabelSet, numbers_in
 from ..zoo import embedded_datasets, embedded_images
 from .images import IMAGE_SUFFIXES, load_image
 
@@ -73,6 +73,17 @@ class ImageSource:
         return dataclasses.replace(
             self, labels=chosen.values, class_names=chosen.class_names, label_name=name, more_labels=others
         )
+
+    def in_classes(self, class_names: list[str], what: str, whose: str) -> Self:
+        """The same images with their classes numbered as in `class_names`; see `numbers_in`. Without class names, as
+        they are.
+        """
+        if self.class_names in (None, class_names):
+            return self
+        known = [label for label in self.labels if label is not None]
+        numbers = numbers_in(class_names, self.class_names, known, what, whose)
+        labels = [None if label is None else numbers[label] for label in self.labels]
+        return dataclasses.replace(self, labels=labels, class_names=class_names)
 
 
 def from_folder(folder: Path) -> ImageSource:

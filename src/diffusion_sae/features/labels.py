@@ -39,6 +39,22 @@ def read_labels(index: pa.Table, column: str = LABEL) -> Tensor | None:
     return torch.from_numpy(values.to_numpy().copy())
 
 
+def numbers_in(wanted: Sequence[str], names: Sequence[str], labels: Iterable[int], what: str, whose: str) -> list[int]:
+    """By the number of each class of `names` that of the same class in `wanted`; −1 where no label is of the class.
+
+    Raises:
+        ValueError: for labels of classes that `wanted` lacks; `what` are labelled so, the wanted classes are `whose`.
+    """
+    number_of = {name: number for number, name in enumerate(wanted)}
+    unknown = [names[number] for number in sorted(set(labels)) if names[number] not in number_of]
+    if unknown:
+        raise ValueError(
+            f"{what} have the classes {', '.join(unknown)}, which are none of {whose}: {', '.join(wanted)}. Name the "
+            "same classes alike, or leave these images out."
+        )
+    return [number_of.get(name, -1) for name in names]
+
+
 @dataclass(frozen=True)
 class StoredLabels:
     """Which labels of a store are meant."""

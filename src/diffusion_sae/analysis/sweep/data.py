@@ -1,13 +1,16 @@
 """The images of a sweep: its splits, what is predicted of them, and which of them a seed fits on."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ..._files import read_json, write_json
 from ...extraction.sources import ImageSource, open_images
 from ...features.order import held_out_images
 from .config import SweepConfig
@@ -15,6 +18,7 @@ from .specs import LabelSpec, PromptSpec
 
 SPLIT_SEED = 0
 """Of the validation images where no split has them: the same for all cells and seeds."""
+MARKED_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,63 @@ class Task:
 
 
 def open_splits(config: SweepConfig) -> dict[str, ImageSource]:
-    """The images of each role that has a split of its own."""
-    return {role: open_images(config.dataset, split).first(config.limit) for role, split in config.splits.items()}
+    """The images of each role that has a split of its own.
+
+    Raises:
+        ValueError: for a Parquet file, or a folder without a folder for each split, where there are several; for classes
+            that the training images lack.
+    """
+    opened = {role: source.first(config.limit) for role, source in _whole_splits(config).items()}
+    names = opened["train"].class_names
+    if names is None:
+        return opened
+    return {
+        role: source.in_classes(names, f"The {role} images", "the training images'") for role, source in opened.items()
+    }
+
+
+def _whole_splits(config: SweepConfig) -> dict[str, ImageSource]:
+    path, splits = Path(config.dataset), config.splits
+    if not path.exists():
+        return {role: open_images(config.dataset, split) for role, split in splits.items()}
+    folders = {role: path / split for role, split in splits.items()}
+    if all(folder.is_dir() for folder in folders.values()):
+        return {role: open_images(folder) for role, folder in folders.items()}
+    if len(folders) > 1:
+        missing = ", ".join(folder.name for folder in folders.values() if not folder.is_dir())
+        raise ValueError(
+            f"{config.dataset} has no folder {missing}: training, validation and test would be the same images. Put "
+            "each split into a folder of its name, or set validation_split and test_split to null, by which a part of "
+            "the images is held out."
+        )
+    return {role: open_images(path) for role in folders}
+
+
+def require_same_images(images: dict[str, ImageSource], folder: Path) -> None:
+    """Refuse to go on with results of other images: up to 64 of each split are compared, by their content.
+
+    The names of cells and stores say which data set was asked for, not what was in it.
+    """
+    path = folder / "images.json"
+    known: dict[str, dict[str, str]] = read_json(path) if path.exists() else {}
+    for role, source in images.items():
+        there = known.get(role, {})
+        for number, content in there.items():
+            if int(number) < len(source) and _content(source, int(number)) != content:
+                raise ValueError(
+                    f"{str(folder)!r} holds results of other images: image {number} of the {role} split, "
+                    f"{source.names[int(number)]!r}, is another one now. Choose another output_dir."
+                )
+        if not there:
+            some = range(0, len(source), max(1, len(source) // MARKED_IMAGES))
+            known[role] = {str(number): _content(source, number) for number in some[:MARKED_IMAGES]}
+    write_json(path, known)
+
+
+def _content(source: ImageSource, number: int) -> str:
+    image = source.read(number)
+    content = image.cpu().numpy().tobytes() if isinstance(image, Tensor) else image.tobytes()
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _numbers(source: ImageSource, spec: LabelSpec, role: str) -> tuple[Tensor, list[str]]:
@@ -70,7 +129,7 @@ def tasks(config: SweepConfig, sources: dict[str, ImageSource]) -> list[Task]:
 
 def _task(config: SweepConfig, sources: dict[str, ImageSource], spec: LabelSpec) -> Task:
     found = {role: _numbers(source, spec, role) for role, source in sources.items()}
-    names = max((names for _, names in found.values()), key=len)
+    names = max((names for _, names in found.values()), key=len)  # without class names some may have fewer numbers
     split_of = {role: role for role in sources}
     rows = {role: torch.arange(len(source)) for role, source in sources.items()}
     if "validation" not in sources:

@@ -13,9 +13,11 @@ from ...probes.training_args import ProbeTrainingArguments
 from .fits import probe_options
 from .specs import HeadSpec
 
-# of the peak of a matrix product that a head's convolutions and attention reach; what a step costs beside its
-# operations, in seconds; steps of L-BFGS over a path
-EFFICIENCY, STEP_SECONDS, STEPS = 0.5, 0.004, 50
+EFFICIENCY = 0.5  # of the peak of a matrix product that a head's products, convolutions and attention reach
+STEP_SECONDS = 0.004  # of an epoch's step, beside its operations
+# L-BFGS over a path of L2: its steps by the root of the classes, on features in which these overlap (where they are
+# apart it takes a fifth), and what a step costs a logit beside the products, in operations
+STEPS, LOGIT_OPERATIONS = 40, 1000
 WHOLE = ("none", "tokens")
 
 
@@ -28,7 +30,7 @@ def fit_seconds(head: HeadSpec, channels: int, positions: int, images: int, clas
     """One seed of one cell on `images` training images, at `flops` operations a second of a matrix product.
 
     AdamW: all epochs of forward and backward passes, whose operations are counted. L-BFGS: covariance, factors and
-    the products of a path of as many steps as are usual with few classes; many classes can take many times as long.
+    a path of as many steps as are usual where classes overlap (docs/speed.md compares it with the time taken).
     """
     probe, training = probe_options(head)
     args = ProbeTrainingArguments(output_dir="unused", **training)
@@ -43,7 +45,8 @@ def fit_seconds(head: HeadSpec, channels: int, positions: int, images: int, clas
         return steps * (_step_operations(config, head.pooling, batch, channels, positions) / rate + STEP_SECONDS)
     if optimizer == "none":
         return 2.0 * images**2 * channels / rate
-    return (STEPS * 4.0 * images * channels * classes + 2.0 * images * channels**2 + 5 * channels**3 / 3) / rate
+    path = STEPS * math.sqrt(classes) * images * classes * (4.0 * channels + LOGIT_OPERATIONS)
+    return (path + 2.0 * images * channels**2 + 5 * channels**3 / 3) / rate
 
 
 def _step_operations(config: DiffusionProbeConfig, pooling: str, batch: int, channels: int, positions: int) -> int:

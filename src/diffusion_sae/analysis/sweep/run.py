@@ -18,7 +18,7 @@ from ...provenance import Provenance
 from .baselines import baseline_features
 from .cells import Cell, CellResult, path_of
 from .config import SweepConfig
-from .data import Task, open_splits, tasks
+from .data import Task, open_splits, require_same_images, tasks
 from .fits import check_head, fit_cell, takes_views
 from .margins import best_cells, best_of, model_groups
 from .observations import observations
@@ -53,6 +53,7 @@ class Sweep:
         """All of it; returns what is written to `sweep.json`."""
         require_writable_folder(self.folder)
         remove_leftovers(self.folder / "cells", "*.json")
+        require_same_images(self.images, self.folder)
         extractions = Extractions(self.config, self.images, progress=self.progress)
         self._check_models(extractions)
         paths: list[Path] = []
