@@ -14,6 +14,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from diffusion_sae.features import FeatureSet, StoreWriter
 from diffusion_sae.features.columns import StringColumn
 from diffusion_sae.provenance import Provenance
 from diffusion_sae.sae.encoder import row_block
-from diffusion_sae.sae.screening import counted
+from diffusion_sae.sae.screening import counted, without_screening
 
 KEY = ("up_ft1", 25)
 SHARD_IMAGES = 16_384
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8192, help="rows encoded at a time (default: 8192)")
     parser.add_argument("--format", choices=("parquet", "safetensors"), default="parquet", help="default: parquet")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--in-fp32", action="store_true", help="as on a processor without bf16: nothing is screened")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     options = ("rows", "d_in", "num_latents", "k", "batch_size", "format")
@@ -124,7 +126,7 @@ def main() -> None:
             for side in sorted(seconds, reverse=bool(number % 2)):
                 shutil.rmtree(folder, ignore_errors=True)
                 if side == "encode":
-                    with counted() as screened:
+                    with counted() as screened, without_screening() if args.in_fp32 else nullcontext():
                         seconds[side].append(encode(sae, features, folder, settings))
                     result["screened_rows"], result["redone_rows"] = screened.rows, screened.redone
                     result["use"] = use(folder)
@@ -138,7 +140,8 @@ def main() -> None:
     print(json.dumps(result, indent=2))
     if args.out is not None:
         shapes = read_json(args.out)["shapes"] if args.out.is_file() else {}
-        shapes[",".join(str(result[name]) for name in ("rows", "d_in", "num_latents", "k"))] = result
+        name = ",".join(str(result[name]) for name in ("rows", "d_in", "num_latents", "k"))
+        shapes[name + ("; in fp32" if args.in_fp32 else "")] = result
         write_json(args.out, {"shapes": shapes})
 
 

@@ -3,14 +3,15 @@
     python benchmarks/sae_training.py --out docs/results/sae-training-speed.json    # about 45 minutes on two cores
     python benchmarks/sae_training.py --shapes 4096,320,5120,32 --contenders ours sparsify limit --out /tmp/trial.json
 
-A step is everything from a batch to the next weights in fp32: forward, loss of reconstruction without AuxK, backward,
-what the library's own recipe does to the gradients, Adam, renormalisation of the decoder. Each contender is the
-released package in an environment that is made once (peers/environment.py), in a process of its own, and gets the same
-seeded batches. Only one works at a time: a round is one step of each, so that a disturbance meets all of them; the
-first step of each is not counted. Where they do not fit into memory together, each is built, steps once uncounted and
-once counted, and is freed again, in every round. Times are medians over the rounds. `limit` is one product of the
-encoder in fp32 and one fused pass of Adam; ours can take less, where the processor has bf16, and `ours-fp32` is what it
-takes where not. Peak memory is of our step alone, in a fresh process with all it has imported and one batch.
+A step is everything from a batch to the next weights in fp32: forward, the library's own loss of reconstruction without
+AuxK, backward, what its own recipe does to the gradients (clipping, in ours, too), Adam, renormalisation of the
+decoder. Each contender is the released package in an environment that is made once (peers/environment.py), in a process
+of its own, and gets the same seeded batches. Only one works at a time: a round is one step of each, so that a
+disturbance meets all of them; the first step of each is not counted. Where they do not fit into memory together, each
+is built, steps once uncounted and once counted, and is freed again, in every round. Times are medians over the rounds.
+`limit` is one product of the encoder in fp32 and one fused pass of Adam; ours can take less, where the processor has
+bf16, and `ours-fp32` is what it takes where not. Peak memory is of our step alone, in a fresh process with all it has
+imported and one batch.
 """
 
 import argparse

@@ -82,11 +82,11 @@ def profile(result: dict[str, Any]) -> str:
 def encoding(result: dict[str, Any]) -> str:
     rows = []
     for one in result["shapes"].values():
-        rate = one["rows_per_second"]
-        shape = [f"{one['rows']:,} × {one['d_in']}", f"{one['num_latents']:,}", str(one["k"])]
+        rate, way = one["rows_per_second"], "by way of bf16" if one["screened_rows"] else "in fp32"
+        shape = [f"{one['rows']:,} × {one['d_in']}", f"{one['num_latents']:,}", str(one["k"]), way]
         rates = [f"{rate['encode']:,}", f"{rate['product']:,}", f"{one['throughput_over_product']:.2f}"]
         rows.append([*shape, *rates, f"`{one['command'].partition(' --out')[0]}`"])
-    header = ["rows × d_in", "latents", "k", "encoded rows a second", "the product's", "share", "command"]
+    header = ["rows × d_in", "latents", "k", "chosen", "encoded rows a second", "the product's", "share", "command"]
     machine = next(iter(result["shapes"].values()))["machine"]
     name, load = machine["processor"], machine["load_at_start"]
     end = f"{machine['cores']} cores, {name}, load {load:.1f} when the first began. "

@@ -45,7 +45,7 @@ class Shape(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How a contender trains: for speed all alike, a constant rate and nothing for dead latents."""
+    """How a contender trains: for speed at a constant rate, by its own loss and clipping."""
 
     learning_rate: float | None = LEARNING_RATE
     """None: the library's own recipe: optimiser, rate, schedule and what it does for dead latents by default."""

@@ -11,7 +11,7 @@ from diffusion_sae.sae.step import TrainingStep
 DISTRIBUTION = "diffusion-sae"
 COMPRISES = (
     "forward (scores screened in bf16, those in question formed in fp32), normalised MSE, exact gradients, "
-    "parallel gradient removed, Adam, decoder rows renormalised"
+    "parallel gradient removed, gradients clipped, Adam, decoder rows renormalised"
 )
 
 
@@ -19,8 +19,12 @@ def build(shape: Shape, device: torch.device, recipe: Recipe = FOR_SPEED) -> Tra
     config = KSparseAutoencoderConfig(
         d_in=shape.d_in, num_latents=shape.num_latents, k=shape.k, init_seed=torch.initial_seed()
     )
-    args = SAETrainingArguments(output_dir="unused")
-    if recipe.learning_rate is not None:
+    args = SAETrainingArguments(output_dir="unused")  # gradients are clipped, and dead latents boosted
+    if recipe is FOR_SPEED:
+        args = SAETrainingArguments(
+            output_dir="unused", learning_rate=recipe.learning_rate, lr_scheduler_type="constant"
+        )
+    elif recipe.learning_rate is not None:
         args = SAETrainingArguments(
             output_dir="unused",
             learning_rate=recipe.learning_rate,

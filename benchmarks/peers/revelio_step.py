@@ -3,7 +3,7 @@
     z = TopK(W_encᵀ (x − b_dec) + b_enc),    x̂ = W_decᵀ z + b_dec,    loss = mean ‖x̂ − x‖² / ‖x‖²
 
 TopK is signed, without ReLU. Codes are dense, as there. Its code has the error of the batch relative to its variance as
-the loss; this one is that of all contenders.
+the loss; this one is ours.
 """
 
 import torch

@@ -107,7 +107,9 @@ def require_finite_loss(loss: float, step: int, output_dir: Path, advice: str, m
 def kept_checkpoint(output_dir: Path) -> str:
     """What a training that stops says of its checkpoint."""
     checkpoints = [output_dir / name for name in (CHECKPOINT, CHECKPOINT_INDEX) if (output_dir / name).exists()]
-    return f"The last good checkpoint is kept: {checkpoints[0]}." if checkpoints else "There is no checkpoint yet."
+    if not checkpoints:
+        return "There is no checkpoint yet."
+    return f"The last good checkpoint is kept: {checkpoints[0]}. With other settings, train in another output_dir."
 
 
 class MetricsLogger:

@@ -307,6 +307,88 @@ def test_a_callback_ends_the_training(superposition: Callable[..., Tensor], tmp_
     assert (tmp_path / "model.safetensors").exists()
 
 
+class Killed(SAECallback):
+    """After the checkpoint of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, trainer: SAETrainer, step: int) -> None:
+        if step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("event", ["on_evaluate", "on_save"])
+def test_a_training_that_a_callback_has_ended_stays_so(
+    event: str, superposition: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    class Enough(SAECallback):
+        pass
+
+    def stop(_: Any, trainer: SAETrainer, step: int, *more: Any) -> None:
+        if step == 8:
+            trainer.stop()
+
+    setattr(Enough, event, stop)
+    args, features = make_args(tmp_path, eval_steps=4, save_steps=4), superposition(300)
+    if event == "on_evaluate":
+        with pytest.raises(KeyboardInterrupt):  # before the finished SAE is written
+            SAETrainer(make_sae(), features, args, callbacks=[Enough(), Killed(8)]).train(progress=False)
+    else:
+        assert SAETrainer(make_sae(), features, args, callbacks=[Enough()]).train(progress=False).steps == 8
+    assert SAETrainer(make_sae(), features, args).train(progress=False).steps == 8
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu", "relu"])
+def test_resumes_where_it_was_evaluated_and_resamples(
+    activation: str, superposition: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    """An evaluation leaves the SAE as it was: what a resampling chooses by is the same with and without it."""
+    settings = {"max_steps": 50, "eval_steps": 25, "save_steps": 25, "resample_steps": 25, "dead_after_rows": 20}
+    settings |= {"dead_latent_boost": 0.0, "learning_rate": 3e-2, "max_dead_latents": 1.0}
+    features, ends = superposition(1000), []
+    for name in ("undisturbed", "killed"):
+        args = make_args(tmp_path / name, **settings)
+        if name == "killed":
+            trainer = SAETrainer(make_sae(activation=activation), features, args, callbacks=[Killed(25)])
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train(progress=False)
+        SAETrainer(make_sae(activation=activation), features, args).train(progress=False)
+        ends.append(load_file(tmp_path / name / "checkpoint.safetensors"))
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
+
+
+@pytest.mark.parametrize("length", [1.0, 20.0])
+def test_jumprelu_comes_to_k_whatever_the_length_of_the_rows(
+    length: float, superposition: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    features = superposition(4000) * length
+    args = make_args(tmp_path, max_steps=400, warmup_steps=0)
+    result = SAETrainer(make_sae(activation="jumprelu"), features - features.mean(0), args).train(progress=False)
+    assert abs(result.history[0]["l0"] - K) < K / 2
+    assert abs(result.metrics.l0 - K) < K / 4
+
+
+def test_relu_comes_to_a_sparse_code_by_its_default(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    args = make_args(tmp_path, max_steps=400, warmup_steps=0)
+    result = SAETrainer(make_sae(activation="relu"), superposition(4000), args).train(progress=False)
+    assert result.history[0]["l0"] > NUM_LATENTS / 3
+    assert result.metrics.l0 < NUM_LATENTS / 6
+    assert result.metrics.fvu < 0.5
+
+
+def test_weights_of_fp16_are_refused_and_of_fp64_trained_in_parts(
+    superposition: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    features = superposition(300)
+    with pytest.raises(ValueError, match=r"adam cannot train weights of torch\.float16.*sae\.float\(\)"):
+        SAETrainer(make_sae().half(), features, make_args(tmp_path / "half"))
+    args = make_args(tmp_path / "double", micro_batch_size=20)
+    result = SAETrainer(make_sae().double(), features, args).train(progress=False)
+    assert result.metrics.fvu < 1
+
+
 class TestSeveralInOnePass:
     def test_each_ends_as_it_would_alone(self, superposition: Callable[..., Tensor], tmp_path: Path) -> None:
         features = superposition(400)

@@ -2,8 +2,8 @@
 
     python train_and_kill.py KIND FOLDER KILLS SEED SAVE_STEPS
 
-The trainings are forked from this process, which imports torch once, and end by SIGKILL at random moments. Prints, as
-JSON, how far the checkpoint was after each kill.
+The trainings are forked from this process, which imports torch once, and end by SIGKILL at random moments, the last
+ones also while the finished model is written, or after that. Prints, as JSON, how far the checkpoint was after each.
 """
 
 import json
@@ -86,7 +86,7 @@ def train_batchtopk(output_dir: Path, save_steps: int) -> None:
     features = store_beside(output_dir).select("mid", (1, 2))
     train_rows, _ = hold_out_images(features, 10, seed=0)
     source = ShuffledBatches(features, 64, rows=train_rows, buffer_bytes=2**15, block_bytes=2**11)
-    settings = {"micro_batch_size": 24, "multi_topk_alpha": 0.125}
+    settings = {"micro_batch_size": 24, "multi_topk_alpha": 0.125, "resample_steps": 40, "dead_latent_boost": 0.0}
     args = SAETrainingArguments(output_dir=str(output_dir), save_steps=save_steps, **(TRAINING | settings))
     model = sae(activation="batchtopk", matryoshka_sizes=[16, 64], timesteps=[1, 2])
     SAETrainer(model, source, args).train(progress=False)
@@ -156,12 +156,15 @@ def finish(pids: list[int]) -> None:
             sys.exit(f"a training that nobody killed ended with status {status}")
 
 
-def kill(pids: list[int]) -> bool:
-    """Whether none was done; of several, one fails by itself when the other is gone."""
+def has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def kill(pids: list[int]) -> None:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-    return all(status != 0 for status in statuses)
+    for pid in pids:
+        os.waitpid(pid, 0)
 
 
 def progress_of(folder: Path) -> int:
@@ -186,16 +189,13 @@ def main() -> None:
     duration = time.monotonic() - started
     rng, progress = random.Random(seed), []
     end = progress_of(folder / "undisturbed")
-    for at_least in sorted(rng.uniform(0, 0.8 * end) for _ in range(kills)):
+    for at_least in sorted(rng.uniform(0, end) for _ in range(kills)):
         pids = start(kind, folder / "killed", save_steps)
-        while progress_of(folder / "killed") < at_least - save_steps and os.waitpid(pids[0], os.WNOHANG) == (0, 0):
+        while progress_of(folder / "killed") < at_least - save_steps and not has_ended(pids[0]):
             time.sleep(0.001)
-        moment = time.monotonic() + rng.uniform(0, 0.1) * duration
-        while time.monotonic() < moment and progress_of(folder / "killed") < 0.9 * end:
-            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1) * duration)
         rng.shuffle(pids)
-        if not kill(pids):
-            sys.exit(f"the training ended before it was killed {len(progress) + 1} times")
+        kill(pids)
         progress.append(progress_of(folder / "killed"))
     finish(start(kind, folder / "killed", save_steps))
     sys.stdout.write(json.dumps(progress))

@@ -47,12 +47,14 @@ class MovingAverage:
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Within it the SAE has the averaged weights and is in evaluation mode."""
+        training = self.sae.training
         kept = {name: parameter.detach().clone() for name, parameter in self.sae.named_parameters() if self.weights}
         self.sae.eval()
         self.take_()
         try:
             yield
         finally:
+            self.sae.train(training)
             with torch.no_grad():
                 for name, parameter in self.sae.named_parameters():
                     if name in kept:

@@ -31,7 +31,8 @@ class KSparseAutoencoderConfig(ArtifactConfig):
             reconstruction is scaled and shifted back, or sample_layer_norm or constant_norm, which other libraries'
             SAEs were trained with (`diffusion_sae._row_norms` has the equations).
         timesteps: timesteps of an SAE over several, each with a b_dec and a scale of its own; None: one for all.
-        jumprelu_bandwidth: width of the window in which a JumpReLU's threshold gets a gradient.
+        jumprelu_bandwidth: width of the window in which a JumpReLU's threshold gets a gradient; None: half of the
+            threshold, whatever the rows' length (Rajamanoharan et al. 2024 take 0.001, for rows of unit length).
         encoder_init: `tied`, the encoder starts as the transpose of the unit-norm decoder (Gao et al. 2024, §A.1);
             `kaiming`, both are drawn independently, as in Revelio, whose SAE is encoder_init="kaiming" and
             activation="signed_topk" with `SAETrainingArguments.revelio`.
@@ -50,7 +51,7 @@ class KSparseAutoencoderConfig(ArtifactConfig):
     matryoshka_sizes: list[int] | None = None
     input_norm: str = "none"
     timesteps: list[int] | None = None
-    jumprelu_bandwidth: float = 0.001
+    jumprelu_bandwidth: float | None = None
     encoder_init: str = "tied"
     init_seed: int = 0
     converted_from: str | None = None
@@ -80,7 +81,8 @@ class KSparseAutoencoderConfig(ArtifactConfig):
             self.input_norm != "sample_layer_norm" or self.d_in > 1,
             "input_norm='sample_layer_norm' divides by d_in − 1: it needs d_in > 1, got d_in = 1.",
         )
-        check_number("jumprelu_bandwidth", self.jumprelu_bandwidth, 0, open_low=True)
+        if self.jumprelu_bandwidth is not None:
+            check_number("jumprelu_bandwidth", self.jumprelu_bandwidth, 0, open_low=True)
         check_choice("encoder_init", self.encoder_init, ENCODER_INITS)
         check_integer("init_seed", self.init_seed, 0)
         self._check_matryoshka()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..features import FeatureSet, as_feature_set
 from .code import SparseCode
+from .configuration import TOP_K
 from .modeling import KSparseAutoencoder
 
 
@@ -36,7 +37,7 @@ def evaluate_sae(
 
     Args:
         sae, features: the SAE, and rows (N, d_in) of its extraction.
-        batch_size: rows that are encoded at a time.
+        batch_size: rows that are encoded at a time; fewer, where codes have no fixed k and many latents.
         allow_mismatch: take features of another extraction.
         scale: () or (d_in,), what rows are divided by before; None: nothing.
 
@@ -48,6 +49,17 @@ def evaluate_sae(
     return measure_rows(sae, features, range(len(features)), batch_size, scale)[0]
 
 
+CODE_BYTES = 2**26
+"""Of rows × latents in fp32: codes without a fixed k can be dense, and then take some times as much."""
+
+
+def rows_at_a_time(sae: KSparseAutoencoder, at_most: int) -> int:
+    """Rows that are encoded at a time, of which any number of latents may be active."""
+    if sae.config.activation in TOP_K:
+        return at_most
+    return max(1, min(at_most, CODE_BYTES // (4 * sae.config.num_latents)))
+
+
 @torch.no_grad()
 def measure_rows(
     sae: KSparseAutoencoder, features: FeatureSet, rows: range, batch_size: int = 8192, scale: Tensor | None = None
@@ -55,7 +67,7 @@ def measure_rows(
     """Metrics of a range of rows, against their own mean, and in how many of them each latent is active."""
     divisor = torch.ones((), device=sae.device) if scale is None else scale.to(sae.device)
     mean = features.mean(rows).to(sae.device).double() / divisor
-    error = variance = 0.0
+    error, variance, batch_size = 0.0, 0.0, rows_at_a_time(sae, batch_size)
     counts = torch.zeros(sae.config.num_latents, dtype=torch.long, device=sae.device)
     training = sae.training
     sae.eval()  # a row's latents must not depend on the others, nor all of them be held

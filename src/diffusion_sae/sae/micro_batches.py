@@ -95,7 +95,6 @@ def _rows_at_a_time(sae: KSparseAutoencoder, processes: SAEProcesses, batch: Ten
     if sae.config.activation not in PENALISED:
         return len(batch)
     first = slice(0, LOOKED_AT)
-    few = few_have_a_gradient(sae, sae._rows(batch[first], rows_of(timesteps, first)))
-    if bool(processes.mean(batch.new_tensor(float(few))) == 1):  # all processes must have as many parts
+    if few_have_a_gradient(sae, sae._rows(batch[first], rows_of(timesteps, first)), processes):
         return len(batch)
     return max(1, DENSE_BYTES // (sae.config.num_latents * batch.element_size()))

@@ -29,7 +29,7 @@ from .processes import WholeBatch
 from .rows import Rows, Timesteps, checked_features, timestep_index
 from .sparse import Choose, NormalizedMSE, SparseGradients, apply_decode_rows, apply_encode
 
-INITIAL_THRESHOLD = 0.001  # of a JumpReLU (Rajamanoharan et al. 2024, §5), for rows of about unit length
+INITIAL_THRESHOLD = 0.001  # of a JumpReLU (Rajamanoharan et al. 2024, §5), until a training sets it by its features
 
 
 class KSparseAutoencoder(DescribedLatents, ExportsCode, ArtifactModel):

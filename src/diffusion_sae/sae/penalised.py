@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 FEW = 1 / 16
 """Share of the latents up to which codes are sparse, by an estimate: both ways have the same result."""
+BANDWIDTH = 0.5
+"""Of a JumpReLU, as a share of its threshold."""
 LOOKED_AT = 128
 """Rows of a batch by which it is chosen."""
 
@@ -32,22 +34,27 @@ def penalised_pass(
     sae: "KSparseAutoencoder", rows: Rows, target: Tensor, shared: WholeBatch
 ) -> tuple[SparseCode, Float[Tensor, "N d_in"], Float[Tensor, ""]]:
     """(code, decoded rows with their bias, penalty), with the gradients of dense autograd."""
-    few = few_have_a_gradient(sae, rows)
+    few = few_have_a_gradient(sae, rows, shared)
     return (_sparse_pass if few else _dense_pass)(sae, rows, target, shared)
 
 
 def _floor(sae: Any) -> Float[Tensor, "*num_latents"]:
     """What a pre-activation must exceed to have a gradient."""
     threshold = sae.activation_threshold().detach()
-    return (threshold - sae.config.jumprelu_bandwidth / 2).clamp_min(0) if threshold.ndim else threshold
+    return (threshold - _bandwidth(sae, threshold) / 2).clamp_min(0) if threshold.ndim else threshold
+
+
+def _bandwidth(sae: Any, threshold: Tensor) -> Tensor | float:
+    width = sae.config.jumprelu_bandwidth
+    return BANDWIDTH * threshold.detach() if width is None else width
 
 
 @torch.no_grad()
-def few_have_a_gradient(sae: Any, rows: Rows) -> bool:
-    """By an estimate from the first rows."""
+def few_have_a_gradient(sae: Any, rows: Rows, shared: WholeBatch) -> bool:
+    """By an estimate from the first rows of each process: all of them must take the same way."""
     bias = rows.bias if rows.bias.ndim == 1 else rows.bias[:LOOKED_AT]
     pre_acts = torch.addmm(sae.b_enc, rows.normalised[:LOOKED_AT] - bias, sae.W_enc)
-    return bool((pre_acts > _floor(sae)).float().mean() <= FEW)
+    return bool(shared.mean((pre_acts > _floor(sae)).float().mean()) <= FEW)
 
 
 def _sparse_pass(sae: Any, rows: Rows, target: Tensor, shared: WholeBatch) -> tuple[SparseCode, Tensor, Tensor]:
@@ -58,7 +65,8 @@ def _sparse_pass(sae: Any, rows: Rows, target: Tensor, shared: WholeBatch) -> tu
             norms = norms.detach()  # whose gradient is parallel to the decoder rows, and so taken out by the step
         sparsity = l1_penalty(acts, _of(norms, indices), target)
     else:
-        threshold, width = _of(sae.log_threshold.exp(), indices), sae.config.jumprelu_bandwidth
+        threshold = _of(sae.log_threshold.exp(), indices)
+        width = _bandwidth(sae, threshold)
         acts: Tensor = JumpReLU.apply(pre_acts, threshold, width)  # type: ignore[assignment]
         active: Tensor = Step.apply(pre_acts, threshold, width)  # type: ignore[assignment]
         sparsity = l0_penalty(active, sae.config.k, shared)
@@ -77,7 +85,8 @@ def _dense_pass(sae: Any, rows: Rows, target: Tensor, shared: WholeBatch) -> tup
         acts = pre_acts
         sparsity = l1_penalty(acts, sae.W_dec.norm(dim=1), target)
     else:
-        threshold, width = sae.log_threshold.exp(), sae.config.jumprelu_bandwidth
+        threshold = sae.log_threshold.exp()
+        width = _bandwidth(sae, threshold)
         acts: Tensor = JumpReLU.apply(pre_acts, threshold, width)  # type: ignore[assignment]
         active: Tensor = Step.apply(pre_acts, threshold, width)  # type: ignore[assignment]
         sparsity = l0_penalty(active, sae.config.k, shared)

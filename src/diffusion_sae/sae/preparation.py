@@ -7,7 +7,7 @@ from torch import Tensor
 from ..features import FeatureSource
 from .modeling import KSparseAutoencoder
 
-SAMPLE_ROWS = 65_536
+SAMPLE_ROWS, THRESHOLD_ROWS = 65_536, 4096
 
 
 def sample_of(source: FeatureSource) -> tuple[Float[Tensor, "n d_in"], Tensor | None]:
@@ -72,6 +72,24 @@ def set_biases_(sae: KSparseAutoencoder, source: FeatureSource, kind: str, scale
         return
     for place, timestep in enumerate(sae.config.timesteps):
         sae.b_dec[place] = center(normalised[(timesteps == timestep).to(normalised.device)])
+
+
+@torch.no_grad()
+def set_thresholds_(sae: KSparseAutoencoder, source: FeatureSource, scale: Tensor) -> None:
+    """Of jumprelu: so that a row begins with about k active latents, whatever the length of the rows.
+
+    Begun much below, thresholds do not come up: few pre-activations are so near to one that it has a gradient.
+    """
+    if sae.config.activation != "jumprelu":
+        return
+    rows, timesteps = sample_of(source)
+    rows = (rows[:THRESHOLD_ROWS] / scale).to(sae.device)
+    if sae.config.timesteps is None or timesteps is None:  # features know theirs, whatever the SAE is for
+        given = sae._rows(rows)
+    else:
+        given = sae._rows(rows, timesteps[: len(rows)].to(sae.device))
+    smallest = sae._chosen(given).top_acts.amin(1).mean()
+    sae.log_threshold.fill_(smallest.clamp_min(1e-6 * given.normalised.abs().max()).log())
 
 
 @torch.no_grad()

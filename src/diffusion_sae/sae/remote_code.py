@@ -33,7 +33,7 @@ class KSparseAutoencoderConfig(PreTrainedConfig):
     matryoshka_sizes: list[int] | None = None
     input_norm: str = "none"
     timesteps: list[int] | None = None
-    jumprelu_bandwidth: float = 0.001
+    jumprelu_bandwidth: float | None = None
     encoder_init: str = "tied"
     init_seed: int = 0
 

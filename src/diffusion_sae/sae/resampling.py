@@ -5,6 +5,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .configuration import PENALISED
+from .evaluation import rows_at_a_time
+from .micro_batches import rows_of
 from .modeling import KSparseAutoencoder, Timesteps
 
 
@@ -27,8 +29,7 @@ def resample_(
     places = torch.nonzero(dead).flatten()
     if not len(places):
         return 0
-    output = sae(features, timesteps=timesteps)
-    residual = features.to(sae.dtype) - output.reconstruction
+    residual = _residual(sae, features.to(sae.dtype), timesteps)
     weights = residual.pow(2).sum(1).pow(2).double().cpu()
     rows = torch.multinomial(weights + 1e-30, len(places), replacement=True, generator=generator).to(residual.device)
     directions = torch.nn.functional.normalize(residual[rows], dim=1)
@@ -43,3 +44,13 @@ def resample_(
             if name != "step" and torch.is_tensor(value):
                 (value.T if parameter is sae.W_enc else value)[places] = 0
     return len(places)
+
+
+def _residual(sae: KSparseAutoencoder, features: Tensor, timesteps: Timesteps) -> Float[Tensor, "N d_in"]:
+    """By the codes of `encode`, whether the SAE has just been evaluated or not."""
+    training, size = sae.training, rows_at_a_time(sae, len(features))
+    sae.eval()
+    parts = [slice(low, low + size) for low in range(0, len(features), size)]
+    residual = [features[p] - sae(features[p], timesteps=rows_of(timesteps, p)).reconstruction for p in parts]
+    sae.train(training)
+    return torch.cat(residual)

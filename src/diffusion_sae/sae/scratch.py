@@ -43,7 +43,7 @@ def distances(some: Float[Tensor, "N d"], others: Float[Tensor, "N d"]) -> Float
     The results' memory is from before that of the differences: between these, each would keep the next difference from
     the memory of the last.
     """
-    lengths = some.new_empty(len(some), dtype=of_sums(some))
+    lengths = some.new_empty(len(some), dtype=torch.promote_types(of_sums(some), of_sums(others)))
     for one, other, length in row_parts(some.detach(), others.detach(), lengths):
         torch.linalg.vector_norm(one - other, dim=1, dtype=lengths.dtype, out=length)
     return lengths

@@ -140,7 +140,7 @@ class TrainingStep:
                     timesteps=rows_of(timesteps, part.rows),
                     k=k,
                     multi_topk_alpha=args.multi_topk_alpha,
-                    sparsity_coefficient=args.sparsity_coefficient,
+                    sparsity_coefficient=args.penalty_weight(sae.config.activation),
                     shared=part,
                 )
             share = output.loss * part.share

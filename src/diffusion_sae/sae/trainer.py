@@ -23,7 +23,7 @@ from .data import prepare_data
 from .divergence import ADVICE, diverging_lines, require_convergence
 from .evaluation import SAEMetrics, evaluate_sae
 from .modeling import KSparseAutoencoder
-from .preparation import fold_input_scale_, input_scale, set_biases_
+from .preparation import fold_input_scale_, input_scale, set_biases_, set_thresholds_
 from .resampling import resample_
 from .results import SAECallback, SAETrainingResult
 from .schedule import learning_rate_factor
@@ -66,14 +66,20 @@ class SAETrainer:
         Raises:
             ValueError: for features of another width, with NaN or infinity, or of another extraction; for too few
                 images to hold some out, or evaluation rows that are all equal; for an SAE that `shard_latents` cannot
-                share out.
+                share out, or of fp16 weights.
         """
         self.callbacks = list(callbacks)
         self.args = args = dataclasses.replace(  # with numbers in place of None, for the record
             args,
             learning_rate=args.peak_learning_rate(sae.config.d_in),
             dead_after_rows=args.rows_until_dead(sae.config.num_latents, sae.config.k),
+            sparsity_coefficient=args.penalty_weight(sae.config.activation),
         )
+        if sae.dtype == torch.float16 and args.optimizer != "sgd":  # whose eps of 1e-8 is 0 there
+            raise ValueError(
+                f"{args.optimizer} cannot train weights of torch.float16, which become NaN. Call sae.float() before "
+                "the training, with bf16=True to compute in half precision."
+            )
         self.sae, self.processes = placed(sae, args)
         shares = self.processes.batch_shares
         data = prepare_data(self.sae, features, args, eval_features, allow_mismatch=allow_mismatch, processes=shares)
@@ -88,7 +94,7 @@ class SAETrainer:
         self._stopping = False
 
     def stop(self) -> None:
-        """End the training after the current step, as if it were the last one; for callbacks."""
+        """End the training after the current step, as if it were the last one, for good; for callbacks."""
         self._stopping = True
 
     def _run_name(self) -> str:
@@ -127,6 +133,7 @@ class SAETrainer:
                 self.checkpoints.best.unlink(missing_ok=True)  # of a run whose checkpoint was deleted
             self.scale = self.processes.broadcast(input_scale(self.source, args.normalize_input))
             set_biases_(sae, self.source, args.b_dec_init, self.scale)
+            set_thresholds_(sae, self.source, self.scale)
             sae.normalize_decoder_()
             self.processes.broadcast_state(sae)
             self.average = MovingAverage(sae, args.ema_decay)
@@ -134,6 +141,7 @@ class SAETrainer:
         self.stepper.rows_since_active.copy_(extra["rows_since_active"])
         self.step_number = self.stepper.steps_done = int(extra["step"])
         self.scale = extra["input_scale"]
+        self._stopping = bool(extra.get("stopped", False))
         self.best, self.evaluations_since_best = float(extra["best"]), int(extra["evaluations_since_best"])
         self.average = MovingAverage(sae, args.ema_decay)
         self.average.load(extra)
@@ -162,10 +170,14 @@ class SAETrainer:
             self._log_step(report)
         if args.eval_steps and (step % args.eval_steps == 0 or step >= self.max_steps):
             self._evaluate_on_the_way()
-        # while the training may be diverging, the checkpoint from before is kept
-        if self.done or (step % args.save_steps == 0 and not diverging_lines(self.logger.history, args.warmup_steps)):
+        if self.done or (step % args.save_steps == 0 and self._is_sound()):
             self._save(report.loss.item())
         return report
+
+    def _is_sound(self) -> bool:
+        """Whether a checkpoint of now may replace the one from before; not while the training may be diverging."""
+        collapsed = bool(self.stepper.dead.float().mean() > self.args.max_dead_latents)
+        return not collapsed and not diverging_lines(self.logger.history, self.args.warmup_steps)
 
     def _learning_rate(self, step: int) -> float:
         """From the step's number alone, so that a resumed run needs no scheduler state."""
@@ -221,9 +233,16 @@ class SAETrainer:
             "evaluations_since_best": torch.tensor(self.evaluations_since_best),
             **self.average.tensors(),
         }
-        self.checkpoints.save(self.sae, self.stepper.optimizer, extra, self.logger.history, self.step_number)
+        self._write(extra)
+        stopping = self._stopping
         for callback in self.callbacks:
             callback.on_save(self, self.step_number)
+        if self._stopping and not stopping:
+            self._write(extra)
+
+    def _write(self, extra: dict[str, Tensor]) -> None:
+        extra = {**extra, "stopped": torch.tensor(self._stopping)}
+        self.checkpoints.save(self.sae, self.stepper.optimizer, extra, self.logger.history, self.step_number)
 
     def evaluate(self) -> SAEMetrics:
         """FVU, L0 and dead latents on the held-out rows (with `eval_fraction=0` on training rows)."""

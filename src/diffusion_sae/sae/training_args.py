@@ -16,6 +16,7 @@ SCHEDULES = (
     "inverse_sqrt",
     "polynomial",
 )
+PENALTY_WEIGHTS = {"relu": 0.2, "jumprelu": 1.0}
 LEARNING_RATE_OF_WIDTH_1 = 0.024  # 3e-3 at d_in 64, 6.7e-4 at 1280
 
 
@@ -86,8 +87,9 @@ class SAETrainingArguments(JsonConfig):
     """Weight of the AuxK loss."""
     multi_topk_alpha: float = 0.0
     """Weight of the loss with 4 k latents beside that with k (Multi-TopK); Gao et al. use 1/8."""
-    sparsity_coefficient: float = 1e-3
-    """Weight of the penalty of the activations relu (L1) and jumprelu (L0)."""
+    sparsity_coefficient: float | None = None
+    """Weight of the penalty of the activations relu (L1) and jumprelu (L0); None: 0.2 and 1. Of relu it alone says how
+    many latents are active."""
     dead_after_rows: int | None = None
     """A latent that was not active for so many rows counts as dead; None: 100 num_latents / k, a hundred times the gap
     between the active rows of an average latent."""
@@ -135,6 +137,10 @@ class SAETrainingArguments(JsonConfig):
         """
         return LEARNING_RATE_OF_WIDTH_1 / math.sqrt(d_in) if self.learning_rate is None else self.learning_rate
 
+    def penalty_weight(self, activation: str) -> float:
+        """`sparsity_coefficient`, or for None that of the activation."""
+        return PENALTY_WEIGHTS.get(activation, 0.0) if self.sparsity_coefficient is None else self.sparsity_coefficient
+
     def rows_until_dead(self, num_latents: int, k: int) -> int:
         """`dead_after_rows`, or for None that of the SAE's size."""
         return round(100 * num_latents / k) if self.dead_after_rows is None else self.dead_after_rows
@@ -152,7 +158,8 @@ class SAETrainingArguments(JsonConfig):
         if self.micro_batch_size is not None:
             check_integer("micro_batch_size", self.micro_batch_size, 1)
         check_number("multi_topk_alpha", self.multi_topk_alpha, 0)
-        check_number("sparsity_coefficient", self.sparsity_coefficient, 0)
+        if self.sparsity_coefficient is not None:
+            check_number("sparsity_coefficient", self.sparsity_coefficient, 0)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         check_integer("batch_size", self.batch_size, 1)
         if self.max_steps is not None:

@@ -46,8 +46,8 @@ def open_splits(config: SweepConfig) -> dict[str, ImageSource]:
     """The images of each role that has a split of its own.
 
     Raises:
-        ValueError: for a Parquet file, or a folder without a folder for each split, where there are several; for classes
-            that the training images lack.
+        ValueError: for a Parquet file, or a folder without a folder for each split, where there are several; for
+            classes that the training images lack.
     """
     opened = {role: source.first(config.limit) for role, source in _whole_splits(config).items()}
     names = opened["train"].class_names
