@@ -151,3 +151,30 @@ class TestReconstructedAccuracy:
             assert_close(found.difference.value, found.reconstructed.value - 1)
         with pytest.raises(ValueError, match="needs labels"):
             probe_reconstructions(probe, sae, FeatureSet.from_tensor(rows))
+
+    @pytest.mark.parametrize("head", ["sae", "attention", "linear"])
+    def test_of_positions(self, head: str):
+        """What the probe says of whole images is compared with the labels of images; without an error of the SAE both
+        are the same.
+        """
+        images, positions, width = 40, 4, 3
+        rows = torch.randn(images * positions, width, generator=torch.Generator().manual_seed(0)).abs()
+        labels = torch.arange(images) % 2
+        features = FeatureSet([rows], labels=labels, rows_per_image=positions, class_names=["a", "b"])
+        sae = KSparseAutoencoder(KSparseAutoencoderConfig(d_in=width, num_latents=width, k=width)).eval()
+        with torch.no_grad():
+            sae.W_dec.copy_(torch.eye(width))
+            sae.W_enc.copy_(torch.eye(width))
+        names = {0: "a", 1: "b"}
+        config = DiffusionProbeConfig(d_in=width, head=head if head != "sae" else "linear", width=8, id2label=names)
+        probe = DiffusionProbe.from_sae(sae, id2label=names) if head == "sae" else DiffusionProbe(config)
+        with torch.no_grad():
+            probe.head.classifier.weight.normal_(generator=torch.Generator().manual_seed(1))
+        found = probe_reconstructions(probe, sae, features, batch_size=7)
+        said = probe.predict(features).argmax(1)
+        expected = (said == probe.labels_of(features)).double().mean().item()
+        assert found.original.value == pytest.approx(expected)
+        assert found.reconstructed.value == pytest.approx(expected)
+        assert found.agreement == 1
+        of_images = (said == probe.labels_of(features)).double().view(images, -1).mean(1)
+        assert found.original == bootstrap_mean(of_images)

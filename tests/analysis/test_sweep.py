@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffusion_sae import (
@@ -381,3 +383,71 @@ def test_labels_are_those_of_the_data(tmp_path: Path) -> None:
     for task, column in ((coarse, "group"), (fine, "subgroup")):
         assert task.class_names == images.features[column].names
         assert task.labels["train"].tolist() == images[column][:40]
+
+
+class TestImagesOfAFolder:
+    """Classes a, b, c; the test split has no b."""
+
+    CLASSES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "train": ("a", "b", "c"),
+        "validation": ("a", "b", "c"),
+        "test": ("a", "c"),
+    }
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        draw = np.random.default_rng(0)
+        for split, names in self.CLASSES.items():
+            for name in names:
+                for i in range(6):
+                    pixels = draw.integers(0, 80, (32, 32, 3), dtype=np.uint8) + np.uint8(80 * "abc".index(name))
+                    path = tmp_path / "images" / split / name / f"{i}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(pixels).save(path)
+        return tmp_path / "images"
+
+    def settings(self, folder: Path, **changes: Any) -> dict[str, Any]:
+        given = {"dataset": str(folder), "layers": ("bottleneck",), "timesteps": (25,), "seeds": (0,), "baselines": ()}
+        return given | {"limit": None} | changes
+
+    def test_splits_are_folders_and_classes_have_names(self, folder: Path, tmp_path: Path) -> None:
+        settings = self.settings(folder)
+        found = open_splits(config(tmp_path, **settings))
+        assert {split: len(source) for split, source in found.items()} == {"train": 18, "validation": 18, "test": 12}
+        assert found["test"].class_names == ["a", "b", "c"]
+        assert set(found["test"].labels) == {0, 2}
+        sweep(tmp_path / "out", **settings)
+        (row,) = table(tmp_path / "out")
+        assert (row["train_images"], row["test_images"]) == (16, 12)
+        assert row["test_accuracy"] > 0.9
+
+    def test_the_same_images_in_every_role_are_refused(self, folder: Path, tmp_path: Path) -> None:
+        expected = "has no folder train, validation, test: training, validation and test would be the same images"
+        with pytest.raises(ValueError, match=expected):
+            open_splits(config(tmp_path, **self.settings(folder / "train")))
+        with pytest.raises(ValueError, match="would be the same images"):
+            open_splits(config(tmp_path, **self.settings(embedded_images("validation"))))
+        alone = self.settings(folder / "train", validation_split=None, test_split=None, validation_fraction=0.3)
+        assert len(open_splits(config(tmp_path, **alone))["train"]) == 18
+        sweep(tmp_path / "out", **alone)
+        (row,) = table(tmp_path / "out")
+        assert row["validation_images"] == 5
+
+    def test_a_class_that_training_lacks_is_refused(self, folder: Path, tmp_path: Path) -> None:
+        (folder / "test/a").rename(folder / "test/d")
+        with pytest.raises(
+            ValueError, match="The test images have the classes d, which are none of the training images'"
+        ):
+            open_splits(config(tmp_path, **self.settings(folder)))
+
+    def test_other_images_of_the_same_names_are_refused(self, folder: Path, tmp_path: Path) -> None:
+        settings = self.settings(folder)
+        sweep(tmp_path / "out", **settings)
+        before = table(tmp_path / "out")
+        sweep(tmp_path / "out", **settings)
+        assert table(tmp_path / "out") == before
+        Image.new("RGB", (32, 32), (1, 2, 3)).save(folder / "test/c/2.png")
+        with pytest.raises(
+            ValueError, match=r"holds results of other images: image 8 of the test split, 'c/2.png', is"
+        ):
+            sweep(tmp_path / "out", **settings)

@@ -423,6 +423,32 @@ def test_heads_that_explain_nothing_say_so(case: str, trained: Any, images: list
             pipeline("diffusion-probe", model=str(folder))(images[0], explain=True)
 
 
+def test_latents_have_the_names_of_the_saes_table() -> None:
+    sae = KSparseAutoencoder.from_pretrained("tiny-sd-up1-t50")
+    assert sae.latents is not None
+    sae.latents = sae.latents.with_names({3: "stripes"})
+    names = DiffusionProbe.from_sae(sae, num_labels=3).config.latent_names
+    assert names == sae.latents.names()
+    assert names["3"] == "stripes"
+    assert DiffusionProbe.from_sae(sae, num_labels=3, latent_names={"1": "dots"}).config.latent_names == {"1": "dots"}
+
+
+def test_of_positions_an_image_has_the_mean_of_their_logits(
+    extractors: Any, images: list[Image.Image], tmp_path: Path
+) -> None:
+    """A head of rows that was trained on positions."""
+    store = extractors["tokens"].extract(images, tmp_path / "store", progress=False)
+    features = store.select(LAYER, 25).with_labels(torch.arange(len(images)) % 3)
+    probe = DiffusionProbe(DiffusionProbeConfig(d_in=features.d_in, num_labels=3))
+    args = ProbeTrainingArguments(output_dir=str(tmp_path / "probe"))
+    ProbeTrainer(probe, features, args).train(progress=False)
+    classify = pipeline("diffusion-probe", model=str(tmp_path / "probe"), function_to_apply="none")
+    expected = probe.predict(features).view(len(images), -1, 3).mean(1)
+    for answer, logits in zip(classify(images[:4]), expected, strict=False):
+        scores = {entry["label"]: entry["score"] for entry in answer}
+        assert [scores[f"LABEL_{i}"] for i in range(3)] == pytest.approx(logits.tolist(), rel=1e-3, abs=1e-4)
+
+
 def test_the_pipeline_says_which_latents_decided(
     trained: Any, extractors: Any, images: list[Image.Image], tmp_path: Path
 ) -> None:
@@ -451,7 +477,7 @@ def test_the_pipeline_says_which_latents_decided(
 
 def test_a_probe_on_several_timesteps_takes_no_other_one(trained: Any, images: list[Image.Image]) -> None:
     classify = pipeline("diffusion-probe", model=str(trained("fusion-mixing-pooled")[2]))
-    with pytest.raises(ValueError, match=r"timestep=25 is not for this probe, which takes the timesteps \[25, 100\]"):
+    with pytest.raises(ValueError, match=r"timestep=25 is not for this probe, whose inputs .* \[25, 100\]: leave"):
         classify(images[0], timestep=25)
     with pytest.raises(ValueError, match="differ in seed"):
         classify(images[0], seed=9)

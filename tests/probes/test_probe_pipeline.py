@@ -133,6 +133,9 @@ def test_every_kind_of_input_gets_the_same_answers(
     assert scores_of(next(lazy)) == expected[0]
     assert len(seen) < 3, "a generator is read when its answers are"
     assert [scores_of(answer) for answer in lazy] == expected[1:]
+    assert [scores_of(answer) for answer in classify(torch.stack(tensors))] == expected
+    for stream in (table.to_iterable_dataset()["picture"], iter(loaded), dict(enumerate(loaded)).values()):
+        assert [scores_of(answer) for answer in classify(stream, batch_size=2)] == expected
 
 
 def _images() -> Any:

@@ -116,6 +116,29 @@ class TestLabels:
             output = trainer.probe(features=features[:7], labels=features.labels[:7])
         assert output.loss.item() == pytest.approx((output.logits[:, 0] - features.labels[:7]).square().mean().item())
 
+    @pytest.mark.parametrize("optimizer", ["auto", "adamw"])
+    @pytest.mark.parametrize("head", ["linear", "mlp"])
+    def test_targets_may_have_any_size(self, head: str, optimizer: str, tmp_path: Path) -> None:
+        """Targets of 1000 ± 300 beside others of 0 ± 0.01 are learned as well as those of 0 ± 1, by the same steps."""
+        rows = drawn(200, 6)
+        unit = rows[:, :2] @ torch.tensor([[0.8, 0.6], [0.6, -0.8]])
+        mean, size = torch.tensor([1000.0, 0.0]), torch.tensor([300.0, 0.01])
+        scores, outputs = [], []
+        for folder, targets in (("unit", unit), ("sized", mean + size * unit)):
+            features = FeatureSet.from_tensor(rows, targets)
+            held_out = FeatureSet.from_tensor(rows[:40], targets[:40])
+            given = {"head": head, "optimizer": optimizer, "width": 64, "dropout": 0, "num_train_epochs": 20}
+            trainer = make_trainer(
+                tmp_path / folder, features, held_out, num_labels=2, problem_type="regression", **given
+            )
+            result = trainer.fit(progress=False)
+            predicted = trainer.probe.predict(held_out)
+            assert result.validation == trainer.evaluate(held_out)
+            scores.append(result.validation.values["r2"])
+            outputs.append(predicted if folder == "unit" else (predicted - mean) / size)
+        assert min(scores) > 0.9
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0.15)
+
     def test_a_classifier_needs_two_classes_regression_one_output(self) -> None:
         assert DiffusionProbeConfig(d_in=6, num_labels=1, problem_type="regression").num_labels == 1
         assert DiffusionProbeConfig(d_in=6, num_labels=1, problem_type="multi_label_classification").num_labels == 1

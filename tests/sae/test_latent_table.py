@@ -35,6 +35,12 @@ def sae(num_latents: int = 3) -> KSparseAutoencoder:
     return KSparseAutoencoder(KSparseAutoencoderConfig(d_in=2, num_latents=num_latents, k=1))
 
 
+def test_names_are_labels_where_nobody_has_given_one() -> None:
+    assert table().names() == {"0": "shoe", "2": "stripes"}
+    assert table(purity=[0.5, None, None]).names() == {"2": "stripes"}
+    assert table().with_names({0: "heels", 2: None}).names() == {"0": "heels"}
+
+
 def test_reading() -> None:
     latents = table()
     assert len(latents) == 3

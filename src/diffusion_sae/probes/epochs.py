@@ -12,15 +12,19 @@ from ..features.order import epoch_order, generator_of
 from .modeling import DiffusionProbe
 from .results import ProbeMetrics, ProbeTrainingResult
 from .run import Run
+from .targets import TargetUnits
 from .training_args import ProbeTrainingArguments
 
 
 def fit_adamw(run: Run) -> ProbeTrainingResult:
     """The epoch that is best on validation; an epoch is the unit of resuming.
 
-    Of several processes each computes a share of every batch; the main one validates and writes.
+    Of several processes each computes a share of every batch; the main one validates and writes. Of a regression the
+    logged training loss is in units of the targets' variance.
     """
     args, probe, processes = run.args, run.probe, run.processes
+    units = TargetUnits.of(run)
+    run = units.taken_by(run)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     best = {name: value.clone() for name, value in probe.state_dict().items()}
     # epochs done; best score, loss, epoch
@@ -39,7 +43,8 @@ def fit_adamw(run: Run) -> ProbeTrainingResult:
             cosine = 0.5 * (1 + math.cos(math.pi * epoch / args.cosine_epochs))
             optimizer.param_groups[0]["lr"] = args.learning_rate * cosine
             loss = _epoch(run, epoch, optimizer)
-            metrics = processes.from_main(run.validate)
+            with units.folded(probe.head.classifier):
+                metrics = processes.from_main(run.validate)
             for value in (loss, metrics.loss):
                 require_finite_loss(value, epoch, run.output_dir, "Lower learning_rate.")
             logger.log(epoch, run.metrics_line(metrics, loss=loss))
@@ -51,6 +56,7 @@ def fit_adamw(run: Run) -> ProbeTrainingResult:
             if processes.is_main:
                 save_checkpoint(run.output_dir, probe, optimizer, extra, run=run.name, history=logger.history)
     probe.load_state_dict(best)
+    units.fold_(probe.head.classifier)
     return ProbeTrainingResult(_best_metrics(run, int(state[3]), logger), {"epoch": state[3].item()}, logger.history)
 
 

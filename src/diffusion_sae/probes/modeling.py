@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..features import AlignedFeatures, FeatureSet
+from ..features.labels import numbers_in
 from ..hub.artifact import ArtifactModel
 from ..provenance import require_same_provenance
 from ..zoo import embedded_path
 from .configuration import SAE_KEYS, DiffusionProbeConfig
 from .examples import Examples, Features, by_name, split, to_device
 from .heads import HEADS, SAEHead, build_head
-from .tasks import TASKS, Task
+from .tasks import TASKS, SingleLabel, Task
 
 if TYPE_CHECKING:
     from ..extraction.extractor import DiffusionFeatureExtractor
@@ -69,9 +70,12 @@ class DiffusionProbe(ArtifactModel):
         Args:
             sae: a KSparseAutoencoder.
             timestep: of an SAE over several, the one of the probe's features.
-            **config: fields of DiffusionProbeConfig, such as id2label and latent_pooling.
+            **config: fields of DiffusionProbeConfig, such as id2label and latent_pooling; latent_names are those of the
+                SAE's table of latents.
         """
         encoder = {name: getattr(sae.config, name) for name in SAE_KEYS}
+        if sae.latents is not None:
+            config = {"latent_names": sae.latents.names(), **config}
         probe = cls(DiffusionProbeConfig(d_in=sae.config.d_in, head="sae", sae=encoder, **config))
         probe.head.take_encoder(sae, timestep)
         recorded = sae.provenance
@@ -131,21 +135,26 @@ class DiffusionProbe(ArtifactModel):
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1]; features are extracted from them.
             labels: (B,) class numbers; (B, num_labels) of 0 and 1 for several labels; numbers for regression.
-            features: instead of pixel_values, in the head's shape: (B, d_in) for linear, mlp, knn and prototype,
-                (B, C, h, w) or (B, T, C) for diff-c and attention, all of these for sae; for fusion a mapping of them
-                by `layer@timestep` or (layer, timestep).
+            features: instead of pixel_values, in the head's shape: (B, d_in) for linear, mlp, knn and prototype, or
+                (B, T, d_in), whose logits are the mean over the T positions; (B, C, h, w) or (B, T, C) for diff-c and
+                attention, all of these for sae; for fusion a mapping of them by `layer@timestep` or (layer, timestep).
             return_dict: a tuple instead, if False.
         """
         if (pixel_values is None) == (features is None):
             raise ValueError("Give either pixel_values or features, one of the two.")
         if features is None:
             features = self.features_of(pixel_values)
+        positions = None
+        if isinstance(features, Tensor) and features.ndim == 3 and not self.head.whole_images:
+            positions, features = features.shape[1], features.flatten(0, 1)
         given, latent_acts = self._checked(features), None
         if isinstance(self.head, SAEHead):
             latent_acts = self.head.design(given)  # type: ignore[arg-type]
             logits = self.head.classifier(latent_acts)
         else:
             logits = self.head(given)
+        if positions is not None:
+            logits = logits.unflatten(0, (-1, positions)).mean(1)
         loss = None if labels is None else self.task.loss(logits, labels)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
@@ -196,6 +205,20 @@ class DiffusionProbe(ArtifactModel):
     def examples(self, features: FeatureSet | AlignedFeatures) -> Examples:
         """The features example by example, as this head takes them."""
         return Examples(features, whole_images=self.head.whole_images)
+
+    def labels_of(self, features: FeatureSet | AlignedFeatures, what: str = "The features") -> Tensor:
+        """Of each example, as the task takes them; classes are those of the same names, however they are numbered.
+
+        Raises:
+            ValueError: for features without labels, or with labels that the probe does not have.
+        """
+        labels, names = self.examples(features).labels, features.class_names
+        own = list(self.config.id2label.values())
+        named = own != [f"LABEL_{number}" for number in range(len(own))]
+        if named and names is not None and isinstance(self.task, SingleLabel) and int(labels.max()) < len(names):
+            numbers = numbers_in(own, names, labels.unique().tolist(), what, "the probe's")
+            labels = torch.tensor(numbers)[labels]
+        return self.task.checked(labels, self.config.num_labels, what)
 
     def require_features(self, features: FeatureSet | AlignedFeatures, *, allow_mismatch: bool = False) -> None:
         """Refuse features of another extraction or shape."""

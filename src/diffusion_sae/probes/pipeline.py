@@ -2,9 +2,10 @@
 
 import dataclasses
 from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from ..provenance import Provenance, ProvenanceMismatchError, require_same_prove
 if TYPE_CHECKING:
     from .modeling import DiffusionProbe
 
+ONE_IMAGE = (str, Path, bytes, dict, np.ndarray, Image.Image, Tensor)
 OVERRIDES = ("timestep", "seed", "allow_mismatch")
 FUNCTION_OF_PROBLEM = {
     "regression": ClassificationFunction.NONE,
@@ -124,16 +126,23 @@ class DiffusionProbePipeline(ImageClassificationPipeline):
 
         Args:
             inputs: a PIL image, path, URL (also data:), array, `datasets` entry ({"bytes", "path"}) or tensor
-                (3, H, W) of the extraction's size in [-1, 1]; a list, tuple or `datasets` column of these; a generator
-                or torch `Dataset`, of which the answers are a generator.
+                (3, H, W) of the extraction's size in [-1, 1]; a list, tuple or `datasets` column of these, or a tensor
+                (B, 3, H, W); a generator, another iterable such as a streamed column, or a torch `Dataset`, of which
+                the answers are an iterator.
             options: the arguments of the class; batch_size, num_workers, top_k, function_to_apply, timeout.
         """
         answer: Any = super().__call__
-        if isinstance(inputs, Sequence) and not len(inputs) and not isinstance(inputs, str | bytes):
+        if isinstance(inputs, Tensor) and inputs.ndim == 4:
+            inputs = list(inputs)
+        if isinstance(inputs, ONE_IMAGE) or not isinstance(inputs, Iterable):
+            return answer(inputs, **options)
+        if isinstance(inputs, Sequence) and not len(inputs):
             return []
-        if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | list):
+        if isinstance(inputs, Sequence) and not isinstance(inputs, list):
             return list(answer(_Items(inputs), **options))
-        return answer(inputs, **options)
+        if isinstance(inputs, list | Dataset | GeneratorType):
+            return answer(inputs, **options)
+        return answer((one for one in inputs), **options)  # a streamed column, or any other iterable
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]
         if isinstance(image, str) and image.startswith(("http://", "https://")):
@@ -142,7 +151,7 @@ class DiffusionProbePipeline(ImageClassificationPipeline):
             image = load_image(downloaded(image, timeout), image)
         elif isinstance(image, str) and image.startswith("data:image/"):
             image = load_image(_decoded(image), f"{image[:30]}…")
-        elif not isinstance(image, str | Path | bytes | dict | np.ndarray | Image.Image | Tensor):
+        elif not isinstance(image, ONE_IMAGE):
             load_image(image)  # raises, and says what is allowed
         return self.image_processor(image)  # type: ignore[misc]
 
@@ -160,10 +169,10 @@ class DiffusionProbePipeline(ImageClassificationPipeline):
         recorded: Provenance | None = self.model.provenance
         if recorded is None or (timestep is None and seed is None):
             return None
-        if timestep is not None and len(recorded.timesteps) > 1:
+        if timestep is not None and (len(recorded.timesteps) > 1 or self.model.config.head == "fusion"):
             raise ValueError(
-                f"timestep={timestep} is not for this probe, which takes the timesteps {list(recorded.timesteps)} "
-                "together: leave it out."
+                f"timestep={timestep} is not for this probe, whose inputs are named by their timesteps, "
+                f"{list(recorded.timesteps)}: leave it out."
             )
         timesteps = recorded.timesteps if timestep is None else (timestep,)
         changed = dataclasses.replace(recorded, timesteps=timesteps, seed=recorded.seed if seed is None else seed)

@@ -13,6 +13,7 @@ from ..features.aligned import same_images
 from ..provenance import require_same_provenance
 from .epochs import fit_adamw, require_trainable
 from .examples import Examples, Features, Views
+from .heads import HEADS
 from .heads.base import Batches, Head
 from .modeling import DiffusionProbe
 from .paths import fit_fista, fit_lbfgs, fit_memory
@@ -27,6 +28,13 @@ FITS: dict[str, Callable[[Run], ProbeTrainingResult]] = {
     "fista": fit_fista,
     "adamw": fit_adamw,
     "none": fit_memory,
+}
+# numbers that one way of fitting alone reads
+ONLY_OF = {
+    "adamw": ("learning_rate", "batch_size", "num_train_epochs", "cosine_epochs", "weight_decay"),
+    "lbfgs": ("l2_path",),
+    "fista": ("l1_path",),
+    "none": ("neighbors_path",),
 }
 # what the training itself sets
 SET_BY_TRAINING = ("num_rows", "num_neighbors")
@@ -105,7 +113,7 @@ class ProbeTrainer:
         self.class_weights = class_weights_of(args, probe, self.labels[self.train_rows])
 
     def _refuse_unused_options(self) -> None:
-        """What would be ignored without a word."""
+        """What asks for something that this training does not do; numbers that it does not read are warned of."""
         args, name = self.args, self.optimizer_name
         if name != "adamw":
             given = {"bf16": args.bf16, "balanced_sampling": args.balanced_sampling}
@@ -114,6 +122,15 @@ class ProbeTrainer:
             unused = [option for option, is_given in given.items() if is_given]
             if unused:
                 raise ValueError(f"{', '.join(unused)} belongs to optimizer='adamw', but this training is by {name!r}.")
+        head, config = self.probe.head, self.probe.config
+        others = {option for kind, options in ONLY_OF.items() if kind != name for option in options}
+        of_heads = {option for kind in HEADS.values() for option in kind.options} - {*head.options, "num_rows"}
+        unread = [option for option in sorted(others) if getattr(args, option) != getattr(type(args), option)]
+        unread += [option for option in sorted(of_heads) if getattr(config, option) != getattr(type(config), option)]
+        if unread:
+            logger.warning(
+                "Given and not read: %s. This is the head %s, trained by %s.", ", ".join(unread), head.name, name
+            )
         if name == "none" and args.class_weights != "none":
             raise ValueError(f"The head {self.probe.head.name} has no loss to weight: leave class_weights out.")
         if args.balanced_sampling and self.labels.ndim > 1:
@@ -135,8 +152,7 @@ class ProbeTrainer:
         require_same_provenance(
             self.features.provenance, given.provenance, "This training", allow_mismatch=allow_mismatch
         )
-        examples = self.probe.examples(given)
-        return examples, self.probe.task.checked(examples.labels, self.probe.config.num_labels, what)
+        return self.probe.examples(given), self.probe.labels_of(given, what)
 
     def _warn_of_training_images(self, given: FeatureSet | AlignedFeatures, what: str) -> None:
         """By the content of the features, and by the ids of the images where they are known."""

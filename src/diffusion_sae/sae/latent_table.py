@@ -157,6 +157,14 @@ class LatentTable:
             table = table.set_column(SCHEMA.names.index(column), field, pa.array(values, field.type))
         return type(self)(table, self.source)
 
+    def names(self) -> dict[str, str]:
+        """By the latent's number, as text: its name; without one the label that most of its top images have."""
+        found, columns = {}, (self.table[column].to_pylist() for column in ("name", "label", "purity"))
+        for latent, (name, label, purity) in enumerate(zip(*columns, strict=True)):
+            if name or (label and purity > 1 / 2):
+                found[str(latent)] = name or label
+        return found
+
     def most_interpretable(self, count: int) -> list[int]:
         """Latents that a person may look at first: by purity and then by activation, in turns over the labels, so that
         a frequent one does not take all places. Without labels the strongest of those with all their top images.

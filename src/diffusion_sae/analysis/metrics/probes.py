@@ -118,10 +118,19 @@ class ReconstructedAccuracy:
 
 
 def reconstructed_accuracy(
-    original: Int[Tensor, " N"], reconstructed: Int[Tensor, " N"], labels: Int[Tensor, " N"], **bootstrap: float
+    original: Int[Tensor, " N"],
+    reconstructed: Int[Tensor, " N"],
+    labels: Int[Tensor, " N"],
+    *,
+    images: Int[Tensor, " N"] | None = None,
+    **bootstrap: float,
 ) -> ReconstructedAccuracy:
-    """From what the probe predicts of both."""
+    """From what the probe predicts of both; `images` says which image each is of, where several are of one."""
     before, after = _right(original, labels).double(), _right(reconstructed, labels).double()
+    if images is not None:  # an image has as many rows as any other
+        number = images.unique(return_inverse=True)[1]
+        counts = torch.bincount(number)
+        before, after = (torch.bincount(number, right) / counts for right in (before, after))
     values = (before, after, after - before)
     first, second, difference = (bootstrap_mean(value, **bootstrap) for value in values)  # type: ignore[arg-type]
     return ReconstructedAccuracy(first, second, difference, (original == reconstructed).double().mean().item())
@@ -137,26 +146,39 @@ def probe_reconstructions(
     allow_mismatch: bool = False,
     **bootstrap: float,
 ) -> ReconstructedAccuracy:
-    """Downstream cost of an SAE: the accuracy of a linear probe on its reconstructions, beside that on the features.
+    """Downstream cost of an SAE: the accuracy of a probe on its reconstructions, beside that on the features.
+
+    Of a probe that takes whole images the positions are reconstructed one by one. Intervals are over images, whose rows
+    are not independent of one another.
+
+    Args:
+        probe: with any head but fusion's.
+        sae: of the same features.
+        features: with labels.
+        batch_size: examples of the probe at a time.
+        allow_mismatch: take features of another extraction.
+        **bootstrap: arguments of `bootstrap_mean`.
 
     Raises:
         ValueError: for features without labels, or of another extraction than the probe's or the SAE's.
     """
-    if features.labels is None:
-        raise ValueError("A probe's accuracy needs labels, and these features have none.")
     sae.require_features(features, allow_mismatch=allow_mismatch)
     probe.require_features(features, allow_mismatch=allow_mismatch)
+    labels, examples = probe.labels_of(features), probe.examples(features)
     training, said = sae.training, ([], [])
     sae.eval()
     try:
-        for start in range(0, len(features), batch_size):
-            batch = features[start : start + batch_size]
+        for numbers in torch.arange(len(examples)).split(batch_size):
+            given: Tensor = examples.batch(numbers)  # type: ignore[assignment]
+            at_once = given.shape[1] if given.ndim == 3 else 1
             timesteps = None
             if sae.config.timesteps is not None:
-                timesteps = features.timesteps_of(torch.arange(start, start + len(batch)))
-            rebuilt = sae(batch.to(sae.device), timesteps=timesteps).reconstruction.cpu()
-            for predictions, rows in zip(said, (batch, rebuilt), strict=True):
-                predictions.append(probe.predict(rows).argmax(1))
+                timesteps = features.timesteps_of((numbers[:, None] * at_once + torch.arange(at_once)).flatten())
+            rows = given.reshape(-1, given.shape[-1]).to(sae.device)
+            rebuilt = sae(rows, timesteps=timesteps).reconstruction.cpu().view_as(given)
+            for predictions, features_of_batch in zip(said, (given, rebuilt), strict=True):
+                predictions.append(probe.predict(features_of_batch).argmax(1))
     finally:
         sae.train(training)
-    return reconstructed_accuracy(torch.cat(said[0]), torch.cat(said[1]), features.labels, **bootstrap)
+    before, after = (torch.cat(predictions) for predictions in said)
+    return reconstructed_accuracy(before, after, labels, images=examples.image_index, **bootstrap)
