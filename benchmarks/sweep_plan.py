@@ -3,8 +3,7 @@
     python benchmarks/sweep_plan.py --out docs/results/sweep-plan.json    # a few minutes on two cores
 
 The sweeps are of tiny-sd on the two embedded data sets: two layers at three timesteps, every head that a cell can have,
-those that are trained in epochs for five.
-Fits are timed one by one; extraction is what is left of the whole.
+those that are trained in epochs for five. Fits are timed one by one; extraction is what is left of the whole.
 """
 
 import argparse

@@ -139,6 +139,19 @@ def variants(result: dict[str, Any]) -> str:
     return table(header, rows) + "\n\n" + source(result, result["machine"], "sae-variants.json")
 
 
+def plans(result: dict[str, Any]) -> str:
+    names = list(next(iter(result["datasets"].values())))
+    rows = [
+        [dataset, *(f"{found[name]['taken'] / found[name]['planned']:.2f}" for name in names)]
+        for dataset, found in result["datasets"].items()
+    ]
+    return (
+        table(["taken / planned", *names], rows)
+        + "\n\n"
+        + source(result["machine"], result["machine"], "sweep-plan.json")
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "training": ("sae-training-speed.json", training),
     "memory": ("sae-training-speed.json", memory),
@@ -146,6 +159,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "variants": ("sae-variants.json", variants),
     "encoding": ("sae-encoding.json", encoding),
     "extraction": ("extraction-speed.json", extraction),
+    "plans": ("sweep-plan.json", plans),
     "recovery": ("sae-recovery.json", recovery),
     **{
         name: ("latent-study.json", lambda result, make=make: table(*make(result)))

@@ -80,11 +80,30 @@ def beyond_input(best: Answer) -> tuple[str, str]:
 
 
 def wrong_prompt(answer: Answer) -> tuple[str, str] | None:
-    """By the mean over the grid: one cell can go either way."""
+    """By the mean over the grid: one cell can go either way. Against no text, and where there is one against another
+    text, which is the same for all images.
+    """
+    found = [one for one in answer["prompts over the grid"] if one["mine"]["prompt"] == "wrong class"]
+    texts = [
+        f"{interval(one)} against {one['other']['prompt']} in the mean of {one['cells']} cells, of which "
+        f"{one['lower']} are lower"
+        for one in found
+    ]
+    verdict = "no" if any(one["low"] > 0 for one in found) else "undecided"
+    if all(one["high"] < 0 for one in found):
+        verdict = "yes"
+    return (verdict, "; ".join(texts)) if found else None
+
+
+def other_text(answer: Answer) -> tuple[str, str] | None:
+    """The control of a wrong class: whether a text that is the same for all images does harm, too."""
     for one in answer["prompts over the grid"]:
-        if one["mine"]["prompt"] == "wrong class":
-            verdict = "yes" if one["high"] < 0 else "no" if one["low"] > 0 else "undecided"
-            return verdict, f"{interval(one)} in the mean of {one['cells']} cells, of which {one['lower']} are lower"
+        names = (one["mine"]["prompt"], one["other"]["prompt"])
+        if sorted(names) == ["empty", "other text"]:
+            lower = one["high"] < 0 if names[0] == "other text" else one["low"] > 0
+            higher = one["low"] > 0 if names[0] == "other text" else one["high"] < 0
+            verdict = "yes" if lower else "no" if higher else "undecided"
+            return verdict, f"{names[0]} {interval(one)} against {names[1]} in the mean of {one['cells']} cells"
     return None
 
 
@@ -113,6 +132,7 @@ def verdicts(data: str, results: SweepResults) -> list[list[str]]:
         ("Training taught it: better than the same network with random weights", "best", learned),
         ("Better than pixels and the VAE's latents", "best", beyond_input),
         ("A prompt with a wrong class does harm", "observations", wrong_prompt),
+        ("Another text, the same for all images, does harm", "observations", other_text),
     ]
     for observation, where, answer_of in asked:
         for one in results.summary[where]:
@@ -187,8 +207,9 @@ bootstrap over images and fits. *Yes* means that every interval of the row leave
 intervals: the best layer or timestep is the edge in question, the best timestep is not small, or both labels are best
 known at the same layer; *undecided* all else. A timestep is small up to 250, a quarter of the schedule's 1,000 steps.
 Two labels with the same best cell have no row. What a prompt with a wrong class does is judged by the mean over all
-layers and timesteps, since a single cell can go either way. Margins are not corrected for the number of comparisons on
-this page: of those whose truth is 0 one in twenty leaves it out.
+layers and timesteps, since a single cell can go either way; of tiny-sd beside that of another text, `a photo of a
+house` for every image (tiny-dit takes the number of a class, and no text). Margins are not corrected for the number of
+comparisons on this page: of those whose truth is 0 one in twenty leaves it out.
 
 **Prompts that hold the class tell the model the answer.** With the class template every image is described by its own
 label, test images as well, so that the probe reads the prompt; with a wrong class, by another class than its own.

@@ -78,6 +78,15 @@ def test_prompts_are_compared_over_the_whole_grid() -> None:
     assert any(row[1] == "prompt wrong class against empty, mean of 3 cells" for row in rows)
 
 
+def test_a_prompt_made_of_a_class_is_compared_with_every_other_one() -> None:
+    wrong, text = {"prompt": "wrong class", "prompt_of": "other"}, {"prompt": "other text"}
+    others = [cell(share, layer="mid", timestep=25, **which) for share, which in ((0.5, wrong), (0.7, text))]
+    (answer,) = observations([*grid(), *others])
+    found = {(one["mine"]["prompt"], one["other"]["prompt"]): one for one in answer["prompts over the grid"]}
+    assert list(found) == [("wrong class", "empty"), ("other text", "empty"), ("wrong class", "other text")]
+    assert abs(found["wrong class", "other text"]["difference"] + 0.2) < 1e-9
+
+
 def test_labels_are_compared_at_each_others_best_cell() -> None:
     fine, coarse = observations([*grid(), *grid("coarse", shift=0.45)])
     assert (coarse["layer"], coarse["timestep"]) == ("up", 10)

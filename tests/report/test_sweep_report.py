@@ -194,6 +194,20 @@ def test_a_sweeps_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (tmp_path / "elsewhere" / "findings.md").read_text() == findings
 
 
+def test_of_prompts_that_are_all_made_of_the_class_no_cell_is_the_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"timesteps": (25, 300), "limit": 40, "seeds": (0,), "baselines": ()}
+    Sweep(SweepConfig(output_dir=str(tmp_path), prompts=("a photo of a {}",), **settings), progress=False).run()
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [Path(path).name for path in result["figures"]] == ["map-tiny-sd-linear-label-a-photo-of-a.png"]
+    for path in (result["page"], result["findings"]):
+        text = Path(path).read_text()
+        assert "No cell is the best: every prompt is made of the image" in text
+        assert "Observations" not in text
+
+
 def test_a_report_of_nothing_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 1
     assert "SAE STORE DATASET OUTPUT_DIR; or the folder of a finished sweep" in capsys.readouterr().err

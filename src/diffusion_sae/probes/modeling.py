@@ -215,9 +215,10 @@ class DiffusionProbe(ArtifactModel):
         labels, names = self.examples(features).labels, features.class_names
         own = list(self.config.id2label.values())
         named = own != [f"LABEL_{number}" for number in range(len(own))]
-        if named and names is not None and isinstance(self.task, SingleLabel) and int(labels.max()) < len(names):
-            numbers = numbers_in(own, names, labels.unique().tolist(), what, "the probe's")
-            labels = torch.tensor(numbers)[labels]
+        if named and names is not None and isinstance(self.task, SingleLabel):
+            present = labels.unique().tolist()
+            if all(label in range(len(names)) for label in present):  # others are refused below
+                labels = torch.tensor(numbers_in(own, names, present, what, "the probe's"))[labels]
         return self.task.checked(labels, self.config.num_labels, what)
 
     def require_features(self, features: FeatureSet | AlignedFeatures, *, allow_mismatch: bool = False) -> None:

@@ -70,7 +70,22 @@ def sweep_figures(results: SweepResults) -> dict[str, tuple[str, "Figure"]]:
                 "than six layers those that are best on validation images.",
                 draw.layer_curves(own, title=title, levels=levels),
             )
-    return figures | _comparisons(results, rows)
+    return figures | _of_classes_alone(rows) | _comparisons(results, rows)
+
+
+def _of_classes_alone(rows: list[Row]) -> dict[str, tuple[str, "Figure"]]:
+    """A map a prompt, where all of a model's prompts are made of the image's class, so that no cell is the best."""
+    figures: dict[str, tuple[str, Figure]] = {}
+    plain = {row["model"] for row in draw.pick(rows, prompt_of="")}
+    trained = [row for row in draw.pick(rows, weights="trained") if row["model"] not in plain]
+    for model, head, label, prompt in draw.ordered((r["model"], r["head"], r["label"], r["prompt"]) for r in trained):
+        own = draw.pick(trained, model=model, head=head, label=label, prompt=prompt)
+        title = f"{model}, {label}, {head} probe, prompt: {prompt}"
+        figures[_slug("map", model, head, label, prompt)] = (
+            f"Accuracy (%) of {title}; mean of the fits. The prompt tells the model the answer.",
+            draw.accuracy_map(own, title=title),
+        )
+    return figures
 
 
 def _comparisons(results: SweepResults, rows: list[Row]) -> dict[str, tuple[str, "Figure"]]:
@@ -139,6 +154,8 @@ PROTOCOL = (
     "Cells whose prompt is made of the image's class are never taken for the best."
 )
 
+NO_BEST = "No cell is the best: every prompt is made of the image's class. Add an empty prompt for a comparison."
+
 
 def findings(results: SweepResults) -> str:
     """Markdown of a whole page: what is best with its margins, and the observations."""
@@ -147,7 +164,7 @@ def findings(results: SweepResults) -> str:
 
 def findings_tables(results: SweepResults) -> str:
     """The tables of `findings` without title and protocol."""
-    text = []
+    text = [] if results.summary["best"] else [f"{NO_BEST}\n"]
     for best in results.summary["best"]:
         sentence, rows = _lines(best)
         text += [f"**Best:** {sentence}\n"]
@@ -155,6 +172,8 @@ def findings_tables(results: SweepResults) -> str:
             text += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
             text += ["| " + " | ".join(row) + " |" for row in rows] + [""]
     header, rows = observation_table(results.summary["observations"])
+    if not rows:
+        return "\n".join(text)
     text += [f"**Observations**, {OBSERVATIONS}:\n"]
     text += [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     text += [f"| {' | '.join(row)} |" for row in rows] + [""]
@@ -171,6 +190,8 @@ STYLE = (
 def _page(results: SweepResults, captions: dict[str, str]) -> str:
     title = html.escape(f"Sweep on {results.summary['config']['dataset']}")
     parts = [f"<h1>{title}</h1><p>{html.escape(PROTOCOL)}</p>"]
+    if not results.summary["best"]:
+        parts.append(f"<p>{NO_BEST}</p>")
     for best in results.summary["best"]:
         sentence, rows = _lines(best)
         cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
@@ -180,7 +201,8 @@ def _page(results: SweepResults, captions: dict[str, str]) -> str:
     columns, rows = observation_table(results.summary["observations"])
     header = "".join(f"<th>{name}</th>" for name in columns)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    parts.append(f"<p><b>Observations</b>, {OBSERVATIONS}.</p><table><tr>{header}</tr>{body}</table>")
+    if rows:
+        parts.append(f"<p><b>Observations</b>, {OBSERVATIONS}.</p><table><tr>{header}</tr>{body}</table>")
     for name, caption in captions.items():
         text = html.escape(caption, quote=True)
         parts.append(f'<figure><img src="{name}" alt="{text}"><figcaption>{text}</figcaption></figure>')

@@ -28,7 +28,8 @@ def observations(results: Sequence[CellResult]) -> list[Answer]:
     - `timesteps`: the best layer at every other timestep of the grid.
     - `tied`: how many of the grid's cells the images and fits do not tell from the best one.
     - `prompts`: the best layer and timestep under every other prompt, those that are made of a class among them.
-    - `prompts over the grid`: the same of the mean over all layers and timesteps that both prompts have.
+    - `prompts over the grid`: the same of the mean over all layers and timesteps that both prompts have; and prompts
+      made of a class against every other that is not.
     - `finer`, `coarser`: for every other label, its accuracy at its own best cell against that at this label's.
     """
     groups = model_groups(results)
@@ -85,30 +86,37 @@ def _alike(results: Sequence[CellResult], best: Point) -> list[Point]:
 
 
 def _over_the_grid(results: Sequence[CellResult], best: Point) -> list[Answer]:
-    """Every other prompt against that of the best cell, by the mean over the places that both have."""
+    """Every other prompt against that of the best cell, and those made of a class against every other prompt that is
+    not, by the mean over the places that both have.
+    """
     by_prompt: dict[str, dict[tuple[str, int], Point]] = {}
+    made_of_class = {}
     for point in _alike(results, best):
         cell = point.results[0].cell
         by_prompt.setdefault(cell.prompt, {})[cell.layer, cell.timestep] = point
-    chosen = best.results[0].cell.prompt
-    own, answers = by_prompt.pop(chosen), []
-    for prompt, others in by_prompt.items():
-        pairs = [(others[place], own[place]) for place in own if place in others]
-        if not pairs:
+        made_of_class[cell.prompt] = bool(cell.prompt_of)
+    chosen, answers = best.results[0].cell.prompt, []
+    for reference, own in sorted(by_prompt.items(), key=lambda item: item[0] != chosen):
+        if made_of_class[reference]:
             continue
-        differences = [difference_of(*pair) for pair in pairs]
-        accuracies = zip(*((statistics.mean(p.accuracies) for p in pair) for pair in pairs), strict=True)
-        mine, other = (statistics.mean(of_side) for of_side in accuracies)
-        answers.append(
-            {
-                "mine": {"prompt": prompt, "accuracy": mine},
-                "other": {"prompt": chosen, "accuracy": other},
-                "cells": len(pairs),
-                "lower": sum(difference.mean().item() < 0 for difference in differences),
-                **interval_of(torch.stack(differences).mean(0)),
-            }
-        )
+        for prompt, others in by_prompt.items():
+            pairs = [(others[place], own[place]) for place in own if place in others]
+            if prompt != reference and pairs and (reference == chosen or made_of_class[prompt]):
+                answers.append(_mean_of(prompt, reference, pairs))
     return answers
+
+
+def _mean_of(prompt: str, reference: str, pairs: Sequence[tuple[Point, Point]]) -> Answer:
+    differences = [difference_of(*pair) for pair in pairs]
+    accuracies = zip(*((statistics.mean(p.accuracies) for p in pair) for pair in pairs), strict=True)
+    mine, other = (statistics.mean(of_side) for of_side in accuracies)
+    return {
+        "mine": {"prompt": prompt, "accuracy": mine},
+        "other": {"prompt": reference, "accuracy": other},
+        "cells": len(pairs),
+        "lower": sum(difference.mean().item() < 0 for difference in differences),
+        **interval_of(torch.stack(differences).mean(0)),
+    }
 
 
 def _labels(key: Key, groups: dict[Key, list[Point]]) -> list[Answer]:
