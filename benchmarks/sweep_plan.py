@@ -3,7 +3,7 @@
     python benchmarks/sweep_plan.py --out docs/results/sweep-plan.json    # a few minutes on two cores
 
 The sweeps are of tiny-sd on the two embedded data sets: two layers at three timesteps, every head that a cell can have,
-those that are trained in epochs for five. Fits are timed one by one; extraction is what is left of the whole.
+those that are trained in epochs for five and narrow. Fits are timed one by one; extraction is what is left of all.
 """
 
 import argparse
@@ -24,9 +24,9 @@ HEADS = (
     "linear",
     "knn",
     "prototype",
-    {"head": "mlp", "num_train_epochs": 5},
-    {"head": "attention", "pooling": "tokens", "num_train_epochs": 5},
-    {"head": "diff-c", "pooling": "none", "num_train_epochs": 5},
+    {"head": "mlp", "width": 256, "num_train_epochs": 5},
+    {"head": "attention", "pooling": "tokens", "width": 64, "num_train_epochs": 5},
+    {"head": "diff-c", "pooling": "none", "width": 64, "num_train_epochs": 5},
 )
 LABELS = {"fashion-mnist-mini": ("label",), "emoji-mini": ("group", "subgroup")}
 

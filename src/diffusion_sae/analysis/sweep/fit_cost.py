@@ -14,7 +14,8 @@ from .fits import probe_options
 from .specs import HeadSpec
 
 EFFICIENCY = 0.5  # of the peak of a matrix product that a head's products, convolutions and attention reach
-STEP_SECONDS = 0.004  # of an epoch's step, beside its operations
+STEP_SECONDS = 0.001  # of an epoch's step, beside its operations
+FIT_SECONDS = 0.02  # of a fit without an optimizer, beside its operations
 # L-BFGS over a path of L2: its steps by the root of the classes, on features in which these overlap (where they are
 # apart it takes a fifth), and what a step costs a logit beside the products, in operations
 STEPS, LOGIT_OPERATIONS = 40, 1000
@@ -44,7 +45,7 @@ def fit_seconds(head: HeadSpec, channels: int, positions: int, images: int, clas
         steps = args.num_train_epochs * max(1, images // batch)
         return steps * (_step_operations(config, head.pooling, batch, channels, positions) / rate + STEP_SECONDS)
     if optimizer == "none":
-        return 2.0 * images**2 * channels / rate
+        return 2.0 * images**2 * channels / rate + FIT_SECONDS
     path = STEPS * math.sqrt(classes) * images * classes * (4.0 * channels + LOGIT_OPERATIONS)
     return (path + 2.0 * images * channels**2 + 5 * channels**3 / 3) / rate
 
