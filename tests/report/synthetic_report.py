@@ -1,5 +1,7 @@
 """A synthetic report in a real Chromium: images, an SAE with random weights, sparse codes at two timesteps."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,23 @@ def make_report(folder: Path, names: tuple[str, ...] = CLASSES, image_names: lis
     one = Dictionary(names[0] if image_names else "shapes-sae", sae, encoded, fvu=0.25, path=str(folder / "sae"))
     result = write_report(folder / "report", report, [one])
     return Made(folder / "report", acts, labels, sae, folder / "sae", names, result)
+
+
+def eventually(check: Callable[[], None], seconds: float = 20.0) -> None:
+    """Repeat a check until it passes: a page shows what was asked of it some time later."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return check()
+        except (AssertionError, IndexError, ValueError):
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.05)
+
+
+def frames(page: Page, count: int = 5) -> None:
+    """Let the page be drawn so many times."""
+    page.evaluate("async (n) => { while (n--) await new Promise(requestAnimationFrame); }", count)
 
 
 class Visit:

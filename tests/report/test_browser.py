@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
-from synthetic_report import CLASSES, HOSTILE, IMAGES, Made, Visit
+from synthetic_report import CLASSES, HOSTILE, IMAGES, Made, Visit, eventually, frames
 
 pytestmark = pytest.mark.slow
 VIEWS = (
@@ -40,14 +41,14 @@ def some_latent(made: Made) -> int:
 def test_opens_and_lists_all_living_latents(visit: Visit, made: Made) -> None:
     page = visit.open()
     living = int((made.acts.max((0, 1, 2)) > 0).sum())
-    assert f"{living} of {living} living latents" in page.locator(".count").inner_text()
+    expect(page.locator(".count")).to_contain_text(f"{living} of {living} living latents")
     assert page.title() == "Latents · Shapes"
     page.wait_for_selector("canvas[data-drawn=plain]")
     assert page.locator(CARD).count() < living  # the rest comes when it is scrolled to
     seen = set(numbers_of_cards(page))
     while page.evaluate("scrollY + innerHeight + 2 < document.documentElement.scrollHeight"):
         page.evaluate("scrollBy(0, 600)")
-        page.wait_for_timeout(60)
+        frames(page)
         seen |= set(numbers_of_cards(page))
     assert seen == set(np.flatnonzero(made.acts.max((0, 1, 2)) > 0))
 
@@ -57,47 +58,59 @@ def test_sort_and_filter(visit: Visit, made: Made) -> None:
     acts = made.acts.max((0, 2))
     page.get_by_label("Sort by").select_option("max")
     by_max = np.argsort(-acts.max(0), kind="stable")
+
+    def shows(numbers: list[int]) -> None:
+        assert numbers_of_cards(page)[: len(numbers)] == numbers
+
+    eventually(lambda: shows(by_max[:6].tolist()))
     shown = numbers_of_cards(page)
     assert shown == by_max[: len(shown)].tolist()
     page.get_by_role("button", name="Largest first").click()
     smallest = [i for i in by_max[::-1] if acts[:, i].max() > 0]
-    assert numbers_of_cards(page)[:6] == smallest[:6]
+    eventually(lambda: shows(smallest[:6]))
     page.get_by_label("Sort by").select_option("density")
     page.get_by_text("Ranges and own names").click()
     page.get_by_role("group", name="Density, %").get_by_label("at least").fill("50")
     dense = np.flatnonzero((acts > 0).mean(0) >= 0.5)
-    assert page.locator(".count").inner_text().startswith(f"{len(dense)} of ")
+    expect(page.locator(".count")).to_have_text(re.compile(f"^{len(dense)} of "))
     assert set(numbers_of_cards(page)) <= set(dense)
     page.get_by_role("combobox", name="Class").select_option(label="square")
-    shown = page.locator(f"{CARD} .name").all_inner_texts()
-    assert set(shown) == {"square"}
-    assert "densityFrom=50" in page.url  # a link to what is shown
+
+    def shows_squares() -> None:
+        assert set(page.locator(f"{CARD} .name").all_inner_texts()) == {"square"}
+
+    eventually(shows_squares)
+    expect(page).to_have_url(re.compile("densityFrom=50"))  # a link to what is shown
     page.get_by_label("Name, class or number").fill("no such name")
     page.get_by_role("button", name="Show all").click()
     page.get_by_label("Name, class or number").fill("7")
-    assert numbers_of_cards(page) == ([7] if acts[:, 7].max() > 0 else [])
+
+    def shows_it_alone() -> None:
+        assert numbers_of_cards(page) == ([7] if acts[:, 7].max() > 0 else [])
+
+    eventually(shows_it_alone)
 
 
 def test_click_through_and_back(visit: Visit, made: Made) -> None:
     page = visit.open("#/latents?sort=max")
     page.evaluate("scrollTo(0, 700)")
-    page.wait_for_timeout(100)
+    frames(page)
     card = page.locator(CARD).nth(12)
     latent = int(card.locator(".index").inner_text())
     card.click()
-    page.wait_for_selector(".tiles")
-    assert f"latent {latent}" in page.locator("h1").inner_text()
+    page.wait_for_selector("section:has(#top) .act")
+    expect(page.locator("h1")).to_contain_text(f"latent {latent}")
     acts = made.acts.max((0, 2))[:, latent]
     shown = [float(text) for text in page.locator("section:has(#top) .act").all_inner_texts()]
     assert shown == pytest.approx(np.sort(acts[acts > 0])[::-1][:12], abs=0.006)
-    assert page.locator("section:has(#timesteps) svg").count() == 2
-    assert page.evaluate("scrollY") == 0
+    expect(page.locator("section:has(#timesteps) svg")).to_have_count(2)
+    page.wait_for_function("scrollY === 0")
     page.get_by_role("link", name="next →").click()
     page.wait_for_selector(f"h1:not(:has-text('latent {latent}'))")
     page.go_back()
     page.go_back()
     page.wait_for_selector(".virtual")
-    assert page.evaluate("scrollY") == 700
+    page.wait_for_function("scrollY === 700")
 
 
 def test_heat_map_over_the_images(visit: Visit) -> None:
@@ -105,7 +118,7 @@ def test_heat_map_over_the_images(visit: Visit) -> None:
     page.wait_for_selector("canvas[data-drawn=plain]")
     page.get_by_label("Heat map").check()
     page.wait_for_selector(f"{CARD} canvas[data-drawn=heat]")
-    assert "heat=1" in page.url
+    expect(page).to_have_url(re.compile("heat=1"))
     page.get_by_label("Heat map").uncheck()
     page.wait_for_selector(f"{CARD} canvas[data-drawn=plain]")
 
@@ -116,14 +129,13 @@ def test_a_name_stays_and_travels(visit: Visit, made: Made, tmp_path: Path) -> N
     page.get_by_role("textbox", name="Name", exact=True).fill(name)
     page.get_by_role("button", name="Save name").click()
     page.wait_for_selector("text=Saved in this browser.")
-    assert page.locator("h1 bdi").inner_text() == name
+    expect(page.locator("h1 bdi")).to_have_text(name)
     page.reload()
-    page.wait_for_selector("h1 bdi")
-    assert page.locator("h1 bdi").inner_text() == name
+    expect(page.locator("h1 bdi")).to_have_text(name)
     page.get_by_role("link", name="All latents").click()
     page.get_by_text("Ranges and own names").click()
     page.get_by_label("Only latents with a name of mine").check()
-    assert numbers_of_cards(page) == [latent]
+    expect(page.locator(f"{CARD} .index")).to_have_text([str(latent)])
     with page.expect_download() as download:
         page.get_by_role("button", name="Download names").click()
     path = tmp_path / "names.json"
@@ -139,7 +151,7 @@ def test_a_name_stays_and_travels(visit: Visit, made: Made, tmp_path: Path) -> N
     page.get_by_role("textbox", name="Name", exact=True).fill("")
     page.get_by_role("button", name="Save name").click()
     page.wait_for_selector("text=Your name is taken back.")
-    assert page.locator("h1 bdi").inner_text() in CLASSES
+    expect(page.locator("h1 bdi")).to_have_text(re.compile("|".join(CLASSES)))
 
 
 def test_what_is_typed_stays_while_the_page_is_drawn_again(visit: Visit, made: Made) -> None:
@@ -168,10 +180,9 @@ def test_keyboard_alone(visit: Visit) -> None:
         if page.evaluate("document.activeElement.matches('.virtual .card')"):
             break
     first = page.evaluate("document.activeElement.querySelector('.index').textContent")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowDown")
-    page.keyboard.press("ArrowLeft")
-    page.keyboard.press("ArrowUp")
+    for key in ("ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp"):
+        page.keyboard.press(key)
+        frames(page)
     assert page.evaluate("document.activeElement.querySelector('.index').textContent") == first
     page.keyboard.press("Enter")
     page.wait_for_selector(f"h1:has-text('latent {first}')")
@@ -196,29 +207,36 @@ def test_map_hover_zoom_lasso_and_click(visit: Visit, made: Made) -> None:
     page.mouse.up()
     held = int(page.locator("#lasso").inner_text().split()[0])
     assert 0 < held < IMAGES
-    assert page.locator(".count").inner_text().startswith(f"{held} of {IMAGES} images lie in the lasso")
+    expect(page.locator(".count")).to_have_text(re.compile(f"^{held} of {IMAGES} images lie in the lasso"))
     page.wait_for_selector(".lasso .cards .card")
     page.get_by_role("combobox", name="Class").select_option(label="stripe")
-    fewer = int(page.locator(".count").inner_text().split()[0])
-    assert fewer < held
+
+    def shows_fewer() -> None:
+        assert int(page.locator(".count").inner_text().split()[0]) < held
+
+    eventually(shows_fewer)
     page.get_by_role("button", name="Let go").click()
     page.get_by_role("combobox", name="Class").select_option(label="all")
-    assert page.locator(".count").inner_text().startswith(f"{IMAGES} of {IMAGES}")
+    expect(page.locator(".count")).to_have_text(re.compile(f"^{IMAGES} of {IMAGES}"))
     page.get_by_role("button", name="Lasso").click()
     page.evaluate("scrollTo(0, 0)")
+    frames(page)
     point = some_point(page)
     page.mouse.move(*point)
     page.wait_for_selector(".pointed canvas[data-drawn]")
     before = page.locator(".map").screenshot()
     page.mouse.wheel(0, -600)
-    page.wait_for_timeout(200)
-    assert page.locator(".map").screenshot() != before
+
+    def has_changed() -> None:
+        assert page.locator(".map").screenshot() != before
+
+    eventually(has_changed)
     page.get_by_role("button", name="Whole map").click()
-    page.wait_for_timeout(100)
+    frames(page)
     page.mouse.move(*point)
     page.mouse.down()
     page.mouse.up()
-    page.wait_for_selector("#latents")
+    page.wait_for_selector(".tiles .act")
     image = int(page.url.rsplit("/", 1)[1])
     acts = np.sort(made.acts.max((0, 2))[image])[::-1][:3]
     shown = [float(text.split("·")[1]) for text in page.locator(".tiles .act").all_inner_texts()[:3]]
@@ -285,11 +303,10 @@ def test_a_view_left_while_its_pictures_are_drawn(visit: Visit) -> None:
 
 def test_layers_and_timesteps(visit: Visit) -> None:
     page = visit.open("#/layers")
-    cells = page.locator(".heat td").all_inner_texts()
-    assert cells == ["50.0%", "60.0%", "–", "90.0%"]
-    assert page.locator(".heat td.chosen").inner_text() == "50.0%"
+    expect(page.locator(".heat td")).to_have_text(["50.0%", "60.0%", "–", "90.0%"])
+    expect(page.locator(".heat td.chosen")).to_have_text("50.0%")
+    expect(page.locator("canvas.colours")).to_have_count(4)
     assert page.locator(".heat td a").count() == 0  # these sparse codes do not say which layer they are of
-    assert page.locator("canvas.colours").count() == 4
     page.get_by_role("link", name="Image 3, circle").click()
     page.wait_for_selector("text=image 3, circle")
     page.get_by_role("link", name="image 3", exact=True).click()
@@ -331,6 +348,7 @@ def test_layout_and_accessibility_of_all_views(at_width: Visit, made: Made) -> N
     for view in VIEWS:
         page = at_width.open(view.replace("LATENT", str(some_latent(made))))
         page.wait_for_timeout(400)
+        page.wait_for_function("[...document.querySelectorAll('canvas.strip')].every((one) => one.dataset.drawn)")
         found = page.evaluate(MEASURE)
         assert found["background"] == ("rgb(20, 22, 25)" if dark else "rgb(252, 251, 248)")
         assert found["sideways"] <= 0, view
