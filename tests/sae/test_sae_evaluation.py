@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusion_sae import KSparseAutoencoder, KSparseAutoencoderConfig
 from diffusion_sae.features import FeatureSet
 from diffusion_sae.provenance import Provenance, ProvenanceMismatchError
+from diffusion_sae.sae import evaluation
 from diffusion_sae.sae.evaluation import evaluate_sae
 
 
@@ -87,3 +88,18 @@ def test_features_of_another_extraction_are_refused(
         evaluate_sae(sae, other)
     same = FeatureSet([superposition(20)], provenance=dataclasses.replace(provenance, versions={"torch": "9"}))
     assert evaluate_sae(sae, same).rows == 20
+
+
+@pytest.mark.parametrize("activation", ["topk", "jumprelu", "batchtopk", "relu"])
+def test_long_codes_are_made_of_fewer_rows_at_a_time(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same metrics, codes and residuals."""
+    rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    sae = KSparseAutoencoder(KSparseAutoencoderConfig(d_in=8, num_latents=64, k=4, activation=activation)).eval()
+    whole = evaluation.evaluate_sae(sae, rows)
+    longest = sae.encode(rows[: evaluation.LOOKED_AT]).top_acts.shape[1]
+    assert evaluation.rows_at_a_time(sae, rows, 1000) == 1000
+    monkeypatch.setattr(evaluation, "CODE_BYTES", 50 * longest * evaluation.BYTES_OF_ACTIVE)
+    assert evaluation.rows_at_a_time(sae, rows, 1000) == (1000 if activation == "topk" else 50)
+    in_parts = evaluation.evaluate_sae(sae, rows)
+    assert in_parts.fvu == pytest.approx(whole.fvu, rel=1e-6)
+    assert (in_parts.l0, in_parts.dead_latents) == (whole.l0, whole.dead_latents)

@@ -370,6 +370,15 @@ def test_jumprelu_comes_to_k_whatever_the_length_of_the_rows(
     assert abs(result.metrics.l0 - K) < K / 4
 
 
+def test_thresholds_that_have_been_learned_stay(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
+    sae = make_sae(activation="jumprelu")
+    with torch.no_grad():
+        sae.log_threshold.copy_(-0.5 + 0.1 * torch.arange(NUM_LATENTS) / NUM_LATENTS)
+    before = sae.log_threshold.detach().clone()
+    SAETrainer(sae, superposition(300), make_args(tmp_path, max_steps=1, learning_rate=1e-6)).train(progress=False)
+    torch.testing.assert_close(sae.log_threshold.detach(), before, rtol=0, atol=1e-4)
+
+
 def test_relu_comes_to_a_sparse_code_by_its_default(superposition: Callable[..., Tensor], tmp_path: Path) -> None:
     args = make_args(tmp_path, max_steps=400, warmup_steps=0)
     result = SAETrainer(make_sae(activation="relu"), superposition(4000), args).train(progress=False)

@@ -30,7 +30,7 @@ from .code_files import (
     shard_name,
     write_shard,
 )
-from .evaluation import rows_at_a_time
+from .evaluation import LOOKED_AT, rows_at_a_time
 from .modeling import KSparseAutoencoder
 from .screening import counted
 from .sparse_codes import SparseCodes
@@ -66,7 +66,7 @@ def encode_features(
         features: rows (N, d_in), such as `FeatureStore.select` gives; of an SAE over several timesteps with their own.
         output: the folder.
         format: parquet (zstd), which other tools read, or safetensors.
-        batch_size: rows that are encoded at a time; fewer, where codes have no fixed k and many latents.
+        batch_size: rows that are encoded at a time; fewer, where codes have no fixed k and are long.
         file_rows: rows a shard. The active latents of two shards are held in memory, 8 bytes each.
         allow_mismatch: encode features of another extraction than the SAE records.
         progress: show a progress bar.
@@ -86,8 +86,7 @@ def encode_features(
     if missing:
         started = time.perf_counter()
         with counted() as screened:
-            size = rows_at_a_time(sae, batch_size)
-            _make(sae, features, folder, manifest, missing, batch_size=size, progress=progress)
+            _make(sae, features, folder, manifest, missing, batch_size=batch_size, progress=progress)
         seconds, rows = time.perf_counter() - started, sum(len(manifest.rows_of(number)) for number in missing)
         logger.info("%s rows encoded into %s in %.1f s, %.1f rows/s", f"{rows:,}", folder, seconds, rows / seconds)
         if screened.rows:
@@ -130,6 +129,8 @@ def _make(
         timesteps = features.timesteps_of(torch.arange(rows.start, rows.stop)) if several else None
         return _Batch(features[rows.start : rows.stop], timesteps)
 
+    first = read(range(min(LOOKED_AT, batch_size, len(features))))
+    batch_size = rows_at_a_time(sae, first.features, batch_size, first.timesteps)
     # each shard begins a batch, so that a batch does not depend on where an earlier call was killed
     work = {number: list(_split(manifest.rows_of(number), batch_size)) for number in missing}
     to_do = sum(len(manifest.rows_of(number)) for number in missing)

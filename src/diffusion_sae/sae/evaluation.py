@@ -9,7 +9,8 @@ from torch import Tensor
 from ..features import FeatureSet, as_feature_set
 from .code import SparseCode
 from .configuration import TOP_K
-from .modeling import KSparseAutoencoder
+from .modeling import KSparseAutoencoder, Timesteps
+from .rows import rows_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def evaluate_sae(
 
     Args:
         sae, features: the SAE, and rows (N, d_in) of its extraction.
-        batch_size: rows that are encoded at a time; fewer, where codes have no fixed k and many latents.
+        batch_size: rows that are encoded at a time; fewer, where codes have no fixed k and are long.
         allow_mismatch: take features of another extraction.
         scale: () or (d_in,), what rows are divided by before; None: nothing.
 
@@ -49,15 +50,24 @@ def evaluate_sae(
     return measure_rows(sae, features, range(len(features)), batch_size, scale)[0]
 
 
-CODE_BYTES = 2**26
-"""Of rows × latents in fp32: codes without a fixed k can be dense, and then take some times as much."""
+CODE_BYTES = 2**28
+"""Of the codes that are made at a time."""
+BYTES_OF_ACTIVE = 40
+"""Of an active latent, while it is looked for and put into its row."""
+LOOKED_AT = 128
 
 
-def rows_at_a_time(sae: KSparseAutoencoder, at_most: int) -> int:
-    """Rows that are encoded at a time, of which any number of latents may be active."""
-    if sae.config.activation in TOP_K:
+@torch.no_grad()
+def rows_at_a_time(sae: KSparseAutoencoder, rows: Tensor, at_most: int, timesteps: Timesteps = None) -> int:
+    """How many rows may be encoded at a time, by the longest code of the first of them.
+
+    Without a fixed k any number of latents may be active, and half of them are before the training.
+    """
+    if sae.config.activation in TOP_K or not len(rows):
         return at_most
-    return max(1, min(at_most, CODE_BYTES // (4 * sae.config.num_latents)))
+    first = slice(0, LOOKED_AT)
+    longest = sae.encode(rows[first].to(sae.device), rows_of(timesteps, first)).top_acts.shape[1]
+    return max(1, min(at_most, CODE_BYTES // (BYTES_OF_ACTIVE * max(1, longest))))
 
 
 @torch.no_grad()
@@ -67,10 +77,13 @@ def measure_rows(
     """Metrics of a range of rows, against their own mean, and in how many of them each latent is active."""
     divisor = torch.ones((), device=sae.device) if scale is None else scale.to(sae.device)
     mean = features.mean(rows).to(sae.device).double() / divisor
-    error, variance, batch_size = 0.0, 0.0, rows_at_a_time(sae, batch_size)
+    error = variance = 0.0
     counts = torch.zeros(sae.config.num_latents, dtype=torch.long, device=sae.device)
     training = sae.training
     sae.eval()  # a row's latents must not depend on the others, nor all of them be held
+    first = torch.arange(rows.start, min(rows.start + LOOKED_AT, rows.stop))
+    of_first = None if sae.config.timesteps is None else features.timesteps_of(first)
+    batch_size = rows_at_a_time(sae, features[first].to(sae.device) / divisor, batch_size, of_first)
     try:
         for start in range(rows.start, rows.stop, batch_size):
             index = torch.arange(start, min(start + batch_size, rows.stop))

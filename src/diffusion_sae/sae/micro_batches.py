@@ -9,6 +9,7 @@ from .configuration import PENALISED
 from .modeling import KSparseAutoencoder, Timesteps
 from .penalised import LOOKED_AT, few_have_a_gradient
 from .processes import SAEProcesses, WholeBatch
+from .rows import rows_of
 from .scratch import distances
 from .sparse import Choose
 
@@ -84,11 +85,6 @@ def micro_batches(
         for part in parts:  # of the residual as much as of the rows, as the losses are weighted by it
             part.known = {"l0": processes.mean(l0), "residual": processes.mean(residual) * part.share}
     return parts
-
-
-def rows_of(timesteps: Timesteps, rows: slice) -> Timesteps:
-    """Those of some rows; one for all stays."""
-    return timesteps[rows] if isinstance(timesteps, Tensor) and timesteps.ndim else timesteps
 
 
 def _rows_at_a_time(sae: KSparseAutoencoder, processes: SAEProcesses, batch: Tensor, timesteps: Timesteps) -> int:

@@ -1,11 +1,13 @@
 """What an SAE's training begins and ends with: b_dec from the data, the input's scale, and folding that in."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..features import FeatureSource
-from .modeling import KSparseAutoencoder
+from .modeling import INITIAL_THRESHOLD, KSparseAutoencoder
 
 SAMPLE_ROWS, THRESHOLD_ROWS = 65_536, 4096
 
@@ -78,9 +80,12 @@ def set_biases_(sae: KSparseAutoencoder, source: FeatureSource, kind: str, scale
 def set_thresholds_(sae: KSparseAutoencoder, source: FeatureSource, scale: Tensor) -> None:
     """Of jumprelu: so that a row begins with about k active latents, whatever the length of the rows.
 
-    Begun much below, thresholds do not come up: few pre-activations are so near to one that it has a gradient.
+    Begun much below, thresholds do not come up: few pre-activations are so near to one that it has a gradient. Those of
+    an SAE that has been trained are left as they are.
     """
     if sae.config.activation != "jumprelu":
+        return
+    if bool(((sae.log_threshold - math.log(INITIAL_THRESHOLD)).abs() > 0.1).any()):
         return
     rows, timesteps = sample_of(source)
     rows = (rows[:THRESHOLD_ROWS] / scale).to(sae.device)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .configuration import PENALISED
 from .evaluation import rows_at_a_time
-from .micro_batches import rows_of
 from .modeling import KSparseAutoencoder, Timesteps
+from .rows import rows_of
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def resample_(
 
 def _residual(sae: KSparseAutoencoder, features: Tensor, timesteps: Timesteps) -> Float[Tensor, "N d_in"]:
     """By the codes of `encode`, whether the SAE has just been evaluated or not."""
-    training, size = sae.training, rows_at_a_time(sae, len(features))
+    training, size = sae.training, rows_at_a_time(sae, features, len(features), timesteps)
     sae.eval()
     parts = [slice(low, low + size) for low in range(0, len(features), size)]
     residual = [features[p] - sae(features[p], timesteps=rows_of(timesteps, p)).reconstruction for p in parts]

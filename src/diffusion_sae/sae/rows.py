@@ -87,3 +87,8 @@ def timestep_index(
     if bool(unknown.any()):
         raise ValueError(f"timesteps must be among {known}, got {sorted(set(given[unknown].tolist()))[:5]}.")
     return index
+
+
+def rows_of(timesteps: Timesteps, rows: slice) -> Timesteps:
+    """Those of some rows; one for all stays."""
+    return timesteps[rows] if isinstance(timesteps, Tensor) and timesteps.ndim else timesteps

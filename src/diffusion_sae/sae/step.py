@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from .losses import total_variance
-from .micro_batches import micro_batches, rows_of
+from .micro_batches import micro_batches
 from .modeling import KSparseAutoencoder, Timesteps
 from .processes import SAEProcesses
+from .rows import rows_of
 from .scratch import distances
 from .screening import Screened, counted
 from .sparse import ByLatent, SparseGradients
