@@ -15,7 +15,7 @@ from .micro_batches import micro_batches
 from .modeling import KSparseAutoencoder, Timesteps
 from .processes import SAEProcesses
 from .rows import rows_of
-from .scratch import distances
+from .scratch import distances, of_sums
 from .screening import Screened, counted
 from .sparse import ByLatent, SparseGradients
 from .training_args import OPTIMIZERS, SAETrainingArguments
@@ -232,9 +232,14 @@ class TrainingStep:
         """1, or what brings the norm of all gradients down to `max_grad_norm`."""
         if self.args.max_grad_norm is None:
             return 1.0
-        blocks = (sums.block(block) for block in self._blocks())
-        squares = [gradient.pow(2).sum() for of_block in blocks for gradient in of_block]
-        norm = self._norm(small, squares).item()  # one wait for the device
+        W_dec = self.sae.W_dec
+        # one tensor for all, from before the blocks: between these, each result would keep the next block from the
+        # memory of the last
+        lengths = W_dec.new_empty(2, len(W_dec), dtype=of_sums(W_dec))
+        for block in self._blocks():
+            for gradient, of_rows in zip(sums.block(block), lengths[:, block], strict=True):
+                torch.linalg.vector_norm(gradient, dim=1, dtype=lengths.dtype, out=of_rows)
+        norm = self._norm(small, [lengths.double().square().sum()]).item()  # one wait for the device
         return min(1.0, self.args.max_grad_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
 
     def _norm(self, parameters: list[nn.Parameter], squares: Sequence[Tensor] = ()) -> Tensor:
