@@ -100,6 +100,15 @@ def eventually(check: Callable[[], None], seconds: float = 20.0) -> None:
         time.sleep(0.05)
 
 
+def until(page: Page, expression: str) -> None:
+    """Wait until it is true. Playwright's own wait evaluates a text in the page, whose security policy forbids it."""
+
+    def check() -> None:
+        assert page.evaluate(expression), expression
+
+    eventually(check)
+
+
 def frames(page: Page, count: int = 5) -> None:
     """Let the page be drawn so many times."""
     page.evaluate("async (n) => { while (n--) await new Promise(requestAnimationFrame); }", count)

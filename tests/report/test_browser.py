@@ -12,7 +12,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
-from synthetic_report import CLASSES, HOSTILE, IMAGES, Made, Visit, eventually, frames
+from synthetic_report import CLASSES, HOSTILE, IMAGES, Made, Visit, eventually, frames, until
 
 pytestmark = pytest.mark.slow
 VIEWS = (
@@ -104,13 +104,13 @@ def test_click_through_and_back(visit: Visit, made: Made) -> None:
     shown = [float(text) for text in page.locator("section:has(#top) .act").all_inner_texts()]
     assert shown == pytest.approx(np.sort(acts[acts > 0])[::-1][:12], abs=0.006)
     expect(page.locator("section:has(#timesteps) svg")).to_have_count(2)
-    page.wait_for_function("scrollY === 0")
+    until(page, "scrollY === 0")
     page.get_by_role("link", name="next →").click()
     page.wait_for_selector(f"h1:not(:has-text('latent {latent}'))")
     page.go_back()
     page.go_back()
     page.wait_for_selector(".virtual")
-    page.wait_for_function("scrollY === 700")
+    until(page, "scrollY === 700")
 
 
 def test_heat_map_over_the_images(visit: Visit) -> None:
@@ -296,7 +296,7 @@ def test_a_view_left_while_its_pictures_are_drawn(visit: Visit) -> None:
         window.waiting = () => held.length && strips().length;"""
     )
     page = visit.open("#/latents")
-    page.wait_for_function("waiting()")
+    until(page, "waiting()")
     assert page.evaluate("leave('#/layers')") > 0
     page.wait_for_selector(".heat")
 
@@ -348,7 +348,7 @@ def test_layout_and_accessibility_of_all_views(at_width: Visit, made: Made) -> N
     for view in VIEWS:
         page = at_width.open(view.replace("LATENT", str(some_latent(made))))
         page.wait_for_timeout(400)
-        page.wait_for_function("[...document.querySelectorAll('canvas.strip')].every((one) => one.dataset.drawn)")
+        until(page, "[...document.querySelectorAll('canvas.strip')].every((one) => one.dataset.drawn)")
         found = page.evaluate(MEASURE)
         assert found["background"] == ("rgb(20, 22, 25)" if dark else "rgb(252, 251, 248)")
         assert found["sideways"] <= 0, view
