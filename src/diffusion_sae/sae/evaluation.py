@@ -10,6 +10,7 @@ from ..features import FeatureSet, as_feature_set
 from .code import SparseCode
 from .configuration import TOP_K
 from .modeling import KSparseAutoencoder, Timesteps
+from .penalised import LOOKED_AT
 from .rows import rows_of
 
 
@@ -54,7 +55,6 @@ CODE_BYTES = 2**28
 """Of the codes that are made at a time."""
 BYTES_OF_ACTIVE = 40
 """Of an active latent, while it is looked for and put into its row."""
-LOOKED_AT = 128
 
 
 @torch.no_grad()

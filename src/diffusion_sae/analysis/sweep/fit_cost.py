@@ -16,8 +16,8 @@ from .specs import HeadSpec
 EFFICIENCY = 0.5  # of the peak of a matrix product that a head's products, convolutions and attention reach
 STEP_SECONDS = 0.001  # of an epoch's step, beside its operations
 FIT_SECONDS = 0.02  # of a fit without an optimizer, beside its operations
-# L-BFGS over a path of L2: its steps by the root of the classes, on features in which these overlap (where they are
-# apart it takes a fifth), and what a step costs a logit beside the products, in operations
+# L-BFGS over a path of L2: its steps by the root of the classes, on features in which these overlap, and what a step
+# costs a logit beside the products, in operations
 STEPS, LOGIT_OPERATIONS = 40, 1000
 WHOLE = ("none", "tokens")
 
